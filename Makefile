@@ -1,0 +1,41 @@
+# One way in: `make demo` from a fresh clone. Everything lives in .venv; nothing outside this folder is touched.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.complete
+
+.PHONY: env demo test lint types check clean
+
+env: $(STAMP)
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "TailSeg needs Python 3.11 or newer;" \
+	  "$(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make env PYTHON=python3.12"; exit 1; }
+	@echo "making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "installing TailSeg and what it needs into .venv, at the versions of constraints.txt"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "environment ready: $(BIN)/tailseg --help"
+
+demo: env
+	$(BIN)/tailseg demo --out demo
+	@echo "the results lie in $(CURDIR)/demo"
+
+test: env
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: env
+	$(BIN)/basedpyright
+
+check: lint types test
+
+clean:
+	@echo "removing caches, built packages and demo/; the environment stays (rm -rf .venv)"
+	rm -rf .pytest_cache .ruff_cache build dist demo
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
