@@ -1,0 +1,1 @@
+"""What methods are composed of; each part is useful on its own."""
