@@ -1,0 +1,129 @@
+"""What the networks share: layers in 2D or 3D, initial weights, checks of options and input."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from tailseg.core import Init
+
+Norm = Literal["batch", "instance"]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Makes the layers of one network. negative_slope: of its ReLU; 0 is the plain one."""
+
+    spatial_dims: Literal[2, 3]
+    norm: Norm
+    negative_slope: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims is {self.spatial_dims!r}; a network has 2 or 3.")
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"network.norm is {self.norm!r}; use one of: {', '.join(get_args(Norm))}.")
+
+    def conv(self, c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Module:
+        """Odd kernels keep the size; kernel 2 with stride 2 halves it."""
+        make = Conv3d if self.spatial_dims == 3 else nn.Conv2d
+        return make(c_in, c_out, kernel, stride, padding=(kernel - 1) // 2)
+
+    def up_conv(self, c_in: int, c_out: int) -> nn.Module:
+        """A transposed convolution that doubles the size."""
+        make = nn.ConvTranspose3d if self.spatial_dims == 3 else nn.ConvTranspose2d
+        return make(c_in, c_out, 2, stride=2)
+
+    def upsample(self) -> nn.Module:
+        """Doubles the size by interpolation that keeps the corner voxels in place."""
+        mode = "trilinear" if self.spatial_dims == 3 else "bilinear"
+        return nn.Upsample(scale_factor=2, mode=mode, align_corners=True)
+
+    def max_pool(self) -> nn.Module:
+        return nn.MaxPool3d(2) if self.spatial_dims == 3 else nn.MaxPool2d(2)
+
+    def channel_dropout(self, p: float) -> nn.Module:
+        return nn.Dropout3d(p) if self.spatial_dims == 3 else nn.Dropout2d(p)
+
+    def norm_act(self, channels: int) -> list[nn.Module]:
+        """Normalisation and activation, to follow a convolution."""
+        # autograd keeps the input of a normalisation and the output of an activation: the latter may work in place
+        act = nn.LeakyReLU(self.negative_slope, inplace=True) if self.negative_slope else nn.ReLU(inplace=True)
+        return [self._norm(channels), act]
+
+    def _norm(self, channels: int) -> nn.Module:
+        if self.norm == "batch":
+            return nn.BatchNorm3d(channels) if self.spatial_dims == 3 else nn.BatchNorm2d(channels)
+        make = nn.InstanceNorm3d if self.spatial_dims == 3 else nn.InstanceNorm2d
+        return make(channels, affine=True)
+
+
+class Conv3d(nn.Conv3d):
+    """nn.Conv3d whose gradient can be trusted in bfloat16 on a CPU.
+
+    There oneDNN's weight gradient of a 3x3x3 convolution over an input two slices deep takes in uninitialised memory (seen
+    with torch 2.13.0 on an AVX-512 BF16 processor), so that a run turns NaN or, worse, silently wrong. The deepest stage of
+    a 32 voxel deep patch is such an input; it is cheap, so it runs in float32.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.device.type != "cpu" or input.shape[2] != 2 or self.kernel_size[0] != 3:
+            return super().forward(input)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(input.float())
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout with a cheaper mask on a CPU, where torch draws one Bernoulli number after the other.
+
+    There p is cut to a multiple of 2^-16, so that one draw of 64 bits decides on four elements; a U-Net's step on 24
+    slices of 256x256 becomes a seventh shorter.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.device.type != "cpu" or not self.training or not 0 < self.p < 1:
+            return super().forward(input)
+        dropped = int(self.p * 2**16)  # of the 2^16 values of a draw
+        draws = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        dense = torch.empty_like(input)  # only its strides: the draws take the layout of the input
+        keep = draws[: input.numel()].as_strided(input.shape, dense.stride()) >= dropped - 2**15
+        return input * (keep.to(input.dtype) / (1 - dropped / 2**16))
+
+
+def init_convs(net: nn.Module, init: Init) -> None:
+    """Draw the weights of all convolutions; transposed ones, biases and normalisations keep torch's start.
+
+    kaiming: normal, fan_in, gain sqrt(2). xavier: normal. default: leaves everything as torch made it.
+    """
+    if init == "default":
+        return
+    draw = {"kaiming": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_}.get(init)
+    if draw is None:
+        raise ValueError(f"init is {init!r}; use one of: {', '.join(get_args(Init))}.")
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            draw(module.weight)
+
+
+def check_options(width: int, dropout: float, num_decoders: int) -> None:
+    """Raises ValueError for what no network can be built of."""
+    if width < 1:
+        raise ValueError(f"network.width is {width}; it counts the channels of the finest stage and starts at 1.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"network.dropout is {dropout}; it is a probability below 1, and 0 switches it off.")
+    if num_decoders < 1:
+        raise ValueError(f"num_decoders is {num_decoders}; a network needs at least one decoder.")
+
+
+def check_input(x: Tensor, spatial_dims: int, size_divisor: int) -> None:
+    """Raises ValueError unless x is (B, C, *S) with every side of S a multiple of size_divisor."""
+    sides = tuple(x.shape[2:])
+    if len(sides) != spatial_dims:  # torch would take (C, D, H, W) for one image without its batch axis
+        raise ValueError(f"a {spatial_dims}D network takes (B, C, *S) with {spatial_dims} sides, got {tuple(x.shape)}.")
+    if any(side % size_divisor for side in sides):
+        near = tuple(max(1, math.ceil(side / size_divisor)) * size_divisor for side in sides)
+        raise ValueError(f"patch_size {sides} must have sides that are multiples of {size_divisor}; try {near}.")

@@ -1,0 +1,171 @@
+"""What holds for every network of the package."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import nn
+
+from tailseg.core import Init, SegNet
+from tailseg.networks.layers import Dropout, Layers
+from tailseg.networks.unet import UNet
+from tailseg.networks.vnet import VNet
+
+both = pytest.mark.parametrize("network", [VNet, UNet])
+dims = pytest.mark.parametrize("spatial_dims", [2, 3])
+
+
+def small(network: type[VNet | UNet], spatial_dims: Literal[2, 3] = 2, **options: Any) -> SegNet:
+    torch.manual_seed(0)
+    return network(1, 3, spatial_dims, width=4, **options)
+
+
+def image(spatial_dims: int, batch: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 1, *(32, 48, 32)[:spatial_dims], generator=generator)
+
+
+@both
+@dims
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_shapes_of_logits_embedding_and_features(network, spatial_dims, norm):
+    net, x = small(network, spatial_dims, norm=norm), image(spatial_dims)
+    features = net.encoder(x)
+    out = net(x)
+    sides = x.shape[2:]
+    assert [f.shape for f in features] == [(2, 4 * 2**i, *(s // 2**i for s in sides)) for i in range(5)]
+    assert out.logits.shape == (2, 3, *sides)
+    assert out.embedding.shape == (2, 4, *sides)
+    assert out.pyramid == ()
+    assert net.size_divisor == 16
+
+
+@both
+@dims
+def test_every_parameter_learns_from_the_logits_alone(network, spatial_dims):
+    net = small(network, spatial_dims)
+    net(image(spatial_dims)).logits.square().mean().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None] == []
+
+
+@both
+@dims
+def test_head_makes_the_logits_of_the_embedding_when_nothing_is_dropped(network, spatial_dims):
+    net = small(network, spatial_dims).eval()
+    out = net(image(spatial_dims))
+    head = net.decoders[0].get_submodule("head")
+    torch.testing.assert_close(head(out.embedding), out.logits)
+
+
+@both
+def test_decoders_share_no_parameter_and_leave_the_features_alone(network):
+    net, x = small(network, num_decoders=3).eval(), image(2)
+    assert len({id(p) for p in net.parameters()}) == sum(len(list(part.parameters())) for part in net.children())
+    features = net.encoder(x)
+    before = [f.clone() for f in features]
+    logits = [decoder(features).logits for decoder in net.decoders]
+    assert all(torch.equal(a, b) for a, b in zip(features, before, strict=True))
+    assert not torch.allclose(logits[0], logits[1]) and not torch.allclose(logits[1], logits[2])
+    assert torch.equal(net(x).logits, logits[0])
+    torch.stack(logits).square().mean().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@both
+@dims
+def test_channels_last_stays_channels_last_and_changes_no_result(network, spatial_dims):
+    memory_format = torch.channels_last if spatial_dims == 2 else torch.channels_last_3d
+    net, x = small(network, spatial_dims), image(spatial_dims)
+    expected = net.eval()(x).logits
+    net.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
+    torch.testing.assert_close(net(x).logits, expected, atol=1e-5, rtol=1e-4)
+    net.train()
+    # not the logits: on one thread torch takes 1x1 convolutions to a kernel that knows no channels_last
+    assert all(t.is_contiguous(memory_format=memory_format) for t in (net(x).embedding, *net.encoder(x)))
+
+
+@both
+def test_dropout_acts_in_training_only_and_zero_switches_it_off(network):
+    net, x = small(network, dropout=0.5), image(2)
+    assert not torch.equal(net(x).logits, net(x).logits)
+    assert torch.equal(net.eval()(x).logits, net(x).logits)
+    net = small(network, dropout=0.0)
+    assert torch.equal(net(x).logits, net(x).logits)
+
+
+@both
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_state_dict_is_the_whole_network(network, norm):
+    net, other = small(network, norm=norm), network(1, 3, 2, width=4, norm=norm)
+    net(image(2))  # moves the running statistics
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other.eval()(image(2)).logits, net.eval()(image(2)).logits)
+
+
+@both
+@dims
+@pytest.mark.parametrize(("init", "gain"), [("kaiming", "fan_in"), ("xavier", "both")])
+def test_init_draws_the_weights_of_convolutions_only(network, spatial_dims, init: Init, gain):
+    torch.manual_seed(0)
+    default = network(1, 3, spatial_dims, width=16)
+    torch.manual_seed(0)
+    drawn = network(1, 3, spatial_dims, width=16, init=init)
+    weights = {f"{name}.weight" for name, m in default.named_modules() if isinstance(m, nn.Conv2d | nn.Conv3d)}
+    for (name, a), b in zip(default.named_parameters(), drawn.parameters(), strict=True):
+        if name not in weights:
+            # decoders are made after the encoder and init comes last, so nothing else may differ
+            assert torch.equal(a, b), name
+        elif a.numel() > 5000:
+            fans = (a[0].numel(), a[:, 0].numel())
+            variance = 2 / fans[0] if gain == "fan_in" else 2 / sum(fans)
+            assert b.var().item() == pytest.approx(variance, rel=0.1), name
+            assert b.abs().max() > 3 * variance**0.5, name  # normal, not uniform
+
+
+@both
+def test_an_input_that_the_network_cannot_halve_names_patch_size(network):
+    with pytest.raises(ValueError, match=r"patch_size \(40, 32\).*multiples of 16; try \(48, 32\)"):
+        small(network)(torch.zeros(1, 1, 40, 32))
+    with pytest.raises(ValueError, match=r"3D network takes \(B, C, \*S\)"):
+        small(network, 3)(torch.zeros(1, 16, 16, 16))
+
+
+@both
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "layer"}, "norm is 'layer'; use one of: batch, instance"),
+        ({"dropout": 1.0}, r"dropout is 1\.0"),
+        ({"width": 0}, "width is 0"),
+        ({"num_decoders": 0}, "num_decoders is 0"),
+        ({"init": "he"}, "init is 'he'; use one of: default, kaiming, xavier"),
+        ({"spatial_dims": 1}, "spatial_dims is 1"),
+    ],
+)
+def test_options_that_make_no_network_are_refused(network, options, message):
+    with pytest.raises(ValueError, match=message):
+        network(1, 3, **({"spatial_dims": 2, "width": 4} | options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_dropout_drops_a_share_p_of_the_elements_and_scales_the_rest_and_their_gradients(p, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(2, 5, 63, 65, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+    out = Dropout(p)(x)
+    assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
+    assert (out == 0).float().mean().item() == pytest.approx(p, abs=0.01)
+    assert (out == 0).float().mean((0, 2, 3)).tolist() == pytest.approx([p] * 5, abs=0.02)
+    assert out.unique().tolist() == pytest.approx([0, 1 / (1 - p)], rel=1e-2)
+    out.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, out)  # x is 1, so the output is the noise
+
+
+def test_neighbours_are_dropped_independently():
+    torch.manual_seed(0)
+    kept = (Dropout(0.3)(torch.ones(400_001)) > 0).float()
+    correlations = [torch.corrcoef(torch.stack([kept[:-lag], kept[lag:]]))[0, 1].item() for lag in (1, 2, 3, 4, 8)]
+    assert correlations == pytest.approx([0] * 5, abs=0.008)
