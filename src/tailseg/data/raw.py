@@ -1,0 +1,191 @@
+"""The folder a person has, in nnU-Net's raw layout, as cases.
+
+dataset.json    channel_names, labels, file_ending
+imagesTr/       <case>_0000.nii.gz, <case>_0001.nii.gz, ... one file per channel
+labelsTr/       <case>.nii.gz; a case without one is unlabelled
+imagesUn/       more unlabelled cases
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tailseg.core import IGNORE
+from tailseg.data.image import IMAGE_ENDINGS, Image, ImageError, read_image, same_place
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the text names the file, the rule and the way out."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """images: one file per channel, in channel order. label: None for an unlabelled case."""
+
+    id: str
+    images: tuple[Path, ...]
+    label: Path | None
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """classes: names, background first. label_values: the value of each in the label files. ignore_values: read as IGNORE."""
+
+    root: Path
+    name: str
+    channels: tuple[str, ...]
+    classes: tuple[str, ...]
+    label_values: tuple[int, ...]
+    ignore_values: tuple[int, ...]
+    cases: Mapping[str, Case]
+
+
+def read_raw(root: Path) -> RawDataset:
+    """Find the cases of a folder; reads no image. Raises DataError naming the file, the rule and the way out."""
+    description = _read_description(root)
+    channels = _channels(root, description)
+    classes, values, ignored = _labels(root, description)
+    ending = description.get("file_ending", ".nii.gz")
+    if ending not in IMAGE_ENDINGS:
+        raise DataError(
+            f"{root}/dataset.json: file_ending '{ending}' is not known; use one of {', '.join(IMAGE_ENDINGS)}."
+        )
+    labelled = _find(root / "imagesTr", ending, len(channels), labels=root / "labelsTr")
+    unlabelled = _find(root / "imagesUn", ending, len(channels), labels=None)
+    if not labelled and not unlabelled:
+        raise DataError(f"{root} holds no scans: put them into imagesTr as <case>_0000{ending}, labels into labelsTr.")
+    if twice := sorted(labelled.keys() & unlabelled.keys()):
+        raise DataError(f"{root}: cases {', '.join(twice)} are both in imagesTr and in imagesUn; keep one of each.")
+    labels = root / "labelsTr"
+    for file in sorted(labels.glob(f"*{ending}")) if labels.is_dir() else []:
+        case = file.name.removesuffix(ending)
+        if case not in labelled:
+            raise DataError(f"{file} labels no scan: {root}/imagesTr/{case}_0000{ending} is missing.")
+    cases = {**labelled, **unlabelled}
+    name = str(description.get("name", root.name))
+    return RawDataset(root, name, channels, classes, values, ignored, {case: cases[case] for case in sorted(cases)})
+
+
+def load_images(case: Case) -> Image:
+    """All channels as (C, D, H, W) float32. Raises ImageError for channels of different grids and for NaN or infinity."""
+    channels = [read_image(path) for path in case.images]
+    first = channels[0]
+    for path, channel in zip(case.images, channels, strict=True):
+        _check_same_grid(path, channel, case.images[0], first)
+        array = channel.array
+        if array.dtype.kind == "f" and (broken := int(np.count_nonzero(~np.isfinite(array)))):
+            raise ImageError(
+                f"{path} holds {broken} voxels that are NaN or infinite; replace them, or leave the case out."
+            )
+    return Image(np.stack([channel.array.astype(np.float32) for channel in channels]), first.affine)
+
+
+def load_label(case: Case, dataset: RawDataset, image: Image) -> np.ndarray:
+    """Class indices (D, H, W) uint8, IGNORE where nobody annotated. image: the case's own, whose grid it must share.
+
+    Raises ImageError for another grid, and for values that dataset.json does not name.
+    """
+    assert case.label is not None, f"{case.id} has no label"
+    label = read_image(case.label)
+    _check_same_grid(case.label, label, case.images[0], Image(image.array[0], image.affine))
+    values = np.unique(label.array)
+    known = {*dataset.label_values, *dataset.ignore_values}
+    if unknown := [f"{value:g}" for value in values.tolist() if value not in known]:
+        shown = ", ".join(unknown[:10]) + (", ..." if len(unknown) > 10 else "")
+        raise ImageError(
+            f"{case.label} holds the values {shown}, which {dataset.root}/dataset.json does not name; "
+            "name them under labels, or correct the file."
+        )
+    indices = np.full(label.array.shape, IGNORE, np.uint8)
+    for index, value in enumerate(dataset.label_values):
+        indices[label.array == value] = index
+    return indices
+
+
+def load_case(case: Case, dataset: RawDataset, *, with_label: bool = True) -> tuple[Image, np.ndarray | None]:
+    """load_images, and load_label where there is one and it is wanted."""
+    image = load_images(case)
+    return image, load_label(case, dataset, image) if with_label and case.label is not None else None
+
+
+def _check_same_grid(path: Path, image: Image, other_path: Path, other: Image) -> None:
+    if image.array.shape != other.array.shape:
+        raise ImageError(
+            f"{path} has the shape {image.array.shape} (D, H, W), {other_path} has {other.array.shape}; "
+            "resample one onto the other's grid."
+        )
+    d, h, w = image.array.shape
+    if not same_place(image.affine, other.affine, (d, h, w)):
+        raise ImageError(
+            f"{path} lies elsewhere in the patient than {other_path}: their affines differ. Correct the header, or "
+            "resample one onto the other's grid."
+        )
+
+
+def _read_description(root: Path) -> dict[str, Any]:
+    path = root / "dataset.json"
+    if not root.is_dir():
+        raise DataError(f"No data set at {root}: the folder does not exist; give data.root.")
+    if not path.is_file():
+        raise DataError(f"{path} is missing; it names the channels and labels, see nnU-Net's raw layout.")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(description, dict):
+        raise DataError(f"{path} must hold an object with channel_names and labels.")
+    return description
+
+
+def _channels(root: Path, description: Mapping[str, Any]) -> tuple[str, ...]:
+    channels = description.get("channel_names", description.get("modality"))
+    numbers = [str(number) for number in range(len(channels))] if isinstance(channels, dict) else []
+    if not isinstance(channels, dict) or not channels or sorted(channels, key=int) != numbers:
+        raise DataError(f'{root}/dataset.json: channel_names must be like {{"0": "CT"}}, counting from 0.')
+    return tuple(str(channels[number]) for number in numbers)
+
+
+def _labels(root: Path, description: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]:
+    """Class names in order of their values, the values, and the values to ignore."""
+    labels = description.get("labels")
+    if not isinstance(labels, dict) or len(labels) < 2:
+        raise DataError(f'{root}/dataset.json: labels must be like {{"background": 0, "liver": 1}}.')
+    if all(str(key).isdigit() for key in labels):  # the first nnU-Net wrote value -> name
+        labels = {name: int(value) for value, name in labels.items()}
+    for name, value in labels.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 255:
+            raise DataError(f"{root}/dataset.json: label '{name}' is {value!r}; it must be one integer from 0 to 255.")
+    classes = {name: value for name, value in labels.items() if name != "ignore"}
+    if len(set(classes.values())) != len(classes) or min(classes.values()) != 0:
+        raise DataError(f"{root}/dataset.json: every label needs a value of its own, and the background has 0.")
+    names = sorted(classes, key=lambda name: classes[name])
+    ignored = (labels["ignore"],) if "ignore" in labels else ()
+    return tuple(names), tuple(classes[name] for name in names), ignored
+
+
+def _find(folder: Path, ending: str, channels: int, labels: Path | None) -> dict[str, Case]:
+    if not folder.is_dir():
+        return {}
+    stems = sorted(file.name.removesuffix(ending) for file in folder.iterdir() if file.name.endswith(ending))
+    for stem in stems:
+        if len(stem) < 6 or stem[-5] != "_" or not stem[-4:].isdigit():
+            raise DataError(
+                f"{folder}/{stem}{ending} must be called <case>_0000{ending}: the last four digits are the channel."
+            )
+    cases = {}
+    for case in sorted({stem[:-5] for stem in stems}):
+        images = tuple(folder / f"{case}_{channel:04d}{ending}" for channel in range(channels))
+        for image in images:
+            if not image.exists():
+                raise DataError(f"{image} is missing: dataset.json names {channels} channels.")
+        if (extra := folder / f"{case}_{channels:04d}{ending}").exists():
+            raise DataError(f"{extra} is a channel too many: dataset.json names {channels}.")
+        label = None if labels is None else labels / f"{case}{ending}"
+        cases[case] = Case(case, images, label if label is not None and label.exists() else None)
+    return cases

@@ -1,0 +1,100 @@
+"""Which cases are labelled, unlabelled, for validation and for test: by id, hashed, and never overlapping."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tailseg.data.raw import DataError, RawDataset
+from tailseg.options import suggest
+
+SETS = ("labelled", "unlabelled", "val", "test")
+_SPELLINGS = {"labeled": "labelled", "unlabeled": "unlabelled"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Case ids of the four sets. Test cases cannot be read while training."""
+
+    name: str
+    labelled: tuple[str, ...]
+    unlabelled: tuple[str, ...] = ()
+    val: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for first, second in itertools.combinations(SETS, 2):
+            if shared := sorted(set(getattr(self, first)) & set(getattr(self, second))):
+                raise DataError(
+                    f"Split '{self.name}': {', '.join(shared)} are both {first} and {second}; keep one of each."
+                )
+        for each in SETS:
+            cases = getattr(self, each)
+            if twice := sorted({case for case in cases if cases.count(case) > 1}):
+                raise DataError(f"Split '{self.name}' names {', '.join(twice)} twice under {each}.")
+        if not self.labelled:
+            raise DataError(f"Split '{self.name}' has no labelled cases; training needs at least one.")
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """All cases that may be read while training."""
+        return (*self.labelled, *self.unlabelled, *self.val)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the four sets, whatever their order and the split's name."""
+        sets = {each: sorted(getattr(self, each)) for each in SETS}
+        return hashlib.sha256(json.dumps(sets, sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; from_dict reads it back."""
+        return asdict(self) | {"sha256": self.digest}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Split:
+        return cls(values["name"], *(tuple(values[each]) for each in SETS))
+
+
+def read_split(dataset: RawDataset, name: str, file: Path | None = None) -> Split:
+    """The split called name in file, default <root>/splits.json: {name: {labelled, unlabelled, val, test}}.
+
+    Sets may be left out and need not use every case. Raises DataError for an unknown name or case, overlapping sets, and
+    labelled, validation or test cases without a label file.
+    """
+    path = file or dataset.root / "splits.json"
+    if not path.is_file():
+        raise DataError(f'{path} is missing; write {{"my_split": {{"labelled": [...], "unlabelled": [...], ...}}}}.')
+    try:
+        splits = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is no JSON: {error}.") from error
+    if name not in splits:
+        raise DataError(f"{path} holds no split '{name}'. {suggest(name, splits)}")
+    sets = {_SPELLINGS.get(key, key): cases for key, cases in splits[name].items()}
+    given = {each: sets.get(each, []) for each in SETS}
+    for each, cases in given.items():
+        if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
+            raise DataError(f"{path}, split '{name}': {each} must be a list of case ids.")
+    split = Split(name, *(tuple(given[each]) for each in SETS))
+    _check_cases(split, dataset, path)
+    return split
+
+
+def _check_cases(split: Split, dataset: RawDataset, path: Path) -> None:
+    for each in SETS:
+        for case in getattr(split, each):
+            if case not in dataset.cases:
+                raise DataError(
+                    f"{path}, split '{split.name}': {each} names '{case}', which is not in {dataset.root}. "
+                    f"{suggest(case, dataset.cases)}"
+                )
+            if each != "unlabelled" and dataset.cases[case].label is None:
+                raise DataError(
+                    f"{path}, split '{split.name}': {each} case '{case}' has no file in labelsTr; add it, or move the case "
+                    "to unlabelled."
+                )
