@@ -1,0 +1,1 @@
+"""From images to label files, and from label files to numbers that say what they mean."""
