@@ -49,7 +49,8 @@ def make_example(
     torch.manual_seed(seed)
     build = make_build(network, {"width": width, "dropout": 0.0}, task)
     name = f"{method.__module__}:{method.__qualname__}"
-    return method(task, build, **check_component("methods", name, options))
+    make: Any = method  # subclasses add (build, *, options) to what Method itself takes
+    return make(task, build, **check_component("methods", name, options))
 
 
 def check_method(method: type[Method], task: Task | None = None, **options: Any) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Z1 = [[2, 0, -1, 0.6], [0, 1, 0, 0.5], [-1, 0, 1.5, 0]]
-Z2 = [[0, 1, 0, 2], [1, 0, 0, 0], [0, 0, 1, 1]]
-Z3 = [[1, 0, 0, 0], [0, 2, 0, 1], [0, 0, 1, 0]]
-Z4 = [[0, 2, 0, 0], [2, 0, 1, 0], [0, 0, 0, 3]]
+Rows = list[list[float]]
+
+Z1: Rows = [[2, 0, -1, 0.6], [0, 1, 0, 0.5], [-1, 0, 1.5, 0]]
+Z2: Rows = [[0, 1, 0, 2], [1, 0, 0, 0], [0, 0, 1, 1]]
+Z3: Rows = [[1, 0, 0, 0], [0, 2, 0, 1], [0, 0, 1, 0]]
+Z4: Rows = [[0, 2, 0, 0], [2, 0, 1, 0], [0, 0, 0, 3]]
 
 
-def logits(*samples: list[list[float]]) -> Tensor:
+def logits(*samples: Rows) -> Tensor:
     """(B, 3, 1, 1, 4)."""
     return torch.tensor(samples, dtype=torch.float32)[:, :, None, None, :]
 

@@ -40,14 +40,16 @@ class DHC(Method):
         super().__init__(task)
         self.net_a, self.net_b = build(init="kaiming"), build(init="kaiming")
         self.weighter_a, self.weighter_b = make_weighter(weighter_a, task), make_weighter(weighter_b, task)
-        self.cps_weight, self.ramp = cps_weight, ramp
+        self.cps_weight = cps_weight
+        self.ramp: Unit = ramp
         self.sup_loss = dice_ce if sup == "ce_dice" else cross_entropy
         self.cps_loss = cross_entropy if unsup == "ce" else half_ce_dice
 
     def step(self, batch: Batch, progress: Progress) -> StepOutput:
         x, n = batch.x, len(batch.x_l)
-        log_probs_a, log_probs_b = log_softmax(self.net_a(x).logits), log_softmax(self.net_b(x).logits)
-        pseudo_a, pseudo_b = log_probs_a.detach().argmax(1), log_probs_b.detach().argmax(1)
+        logits_a, logits_b = self.net_a(x).logits, self.net_b(x).logits  # (B_l + B_u, K, *S)
+        log_probs_a, log_probs_b = log_softmax(logits_a), log_softmax(logits_b)
+        pseudo_a, pseudo_b = logits_a.argmax(1), logits_b.argmax(1)  # (B_l + B_u, *S)
         # each network's weights come from its own predictions of this very step, and serve both of its losses
         w_a, w_b = self.weighter_a.update(pseudo_a, batch.y_l), self.weighter_b.update(pseudo_b, batch.y_l)
 

@@ -28,11 +28,11 @@ class Supervised(Method):
         self.weighter = make_weighter(weighter, task)
 
     def step(self, batch: Batch, progress: Progress) -> StepOutput:
-        log_probs = log_softmax(self.net(batch.x_l).logits)  # (B_l, K, *S)
-        labels = log_probs.detach().argmax(1)
+        logits = self.net(batch.x_l).logits  # (B_l, K, *S)
+        labels = logits.argmax(1)
         weights = self.weighter.update(labels, batch.y_l)
         return StepOutput(
-            losses={"sup": dice_ce(log_probs, batch.y_l, weights)},
+            losses={"sup": dice_ce(log_softmax(logits), batch.y_l, weights)},
             predicted=count_classes(labels, self.task.num_classes),
             logs={"weights": weights},
         )

@@ -144,8 +144,8 @@ WeighterSpec = str | dict[str, Any]
 def make_weighter(spec: WeighterSpec, task: Task) -> ClassWeighter:
     """The weighter called by name, or by {name: ..., <options>}. Raises OptionError for unknown names and options."""
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = options.pop("name", None)
+    name = str(options.pop("name", None))
     if name not in WEIGHTERS:
-        raise OptionError(f"No class weighter is called '{name}'. {suggest(str(name), WEIGHTERS)}")
+        raise OptionError(f"No class weighter is called '{name}'. {suggest(name, WEIGHTERS)}")
     make = WEIGHTERS[name]
     return make(task, **check_options(make, options))

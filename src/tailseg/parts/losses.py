@@ -15,8 +15,9 @@ from tailseg.parts.ranks import sum_over_ranks
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """float32 log-probabilities (B, K, *S) of logits (B, K, *S) in any precision."""
-    return logits.float().log_softmax(1)
+    """float32 log-probabilities (B, K, *S) of logits (B, K, *S) in any precision and memory layout."""
+    # over contiguous classes the log-softmax and what follows run four times as fast on a CPU as over channels_last
+    return logits.contiguous().float().log_softmax(1)
 
 
 def _target_log_probs(log_probs: Tensor, target: Tensor) -> Tensor:

@@ -1,0 +1,263 @@
+"""The command line. It starts fast: nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tailseg.options import suggest
+
+cli = typer.Typer(
+    name="tailseg",
+    help="Semi-supervised, class-imbalanced segmentation of medical images, from a folder to scored predictions.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+errors = Console(stderr=True)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="YAML file, e.g. recipes/synapse_mini/dhc_20p.yaml")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="overrides, e.g. train.lr=0.01 method.weighter_a=dist"),
+]
+Workers = Annotated[int, typer.Option(help="processes that read and prepare scans")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+KINDS = ("methods", "networks", "weighters", "preparations", "protocols")
+
+
+@cli.command()
+def prepare(recipe: RecipeArgument, overrides: Overrides = None, workers: Workers = 2, debug: Debug = False) -> None:
+    """Read, check, resample and normalise the scans of a recipe once; training does it too where it is missing."""
+    from tailseg import app
+    from tailseg.recipe import load_recipe
+
+    with _progress("preparing") as report:
+        store, _, split = app.prepare(load_recipe(recipe, overrides or []), report, workers)
+    console.print(f"{len(store.cases)} cases prepared in {store.path}")
+    console.print(
+        f"split '{split.name}': {len(split.labelled)} labelled, {len(split.unlabelled)} unlabelled, "
+        f"{len(split.val)} validation; {len(split.test)} test scans stay unread"
+    )
+
+
+@cli.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the run; default runs/<data set>/<recipe>_seed<seed>")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
+    workers: Workers = 2,
+    debug: Debug = False,
+) -> None:
+    """Train a recipe. Stop it with Ctrl-C whenever you like; --resume goes on bit for bit."""
+    from tailseg import app
+    from tailseg.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    folder = out or Path("runs") / recipe.parent.name / f"{recipe.stem}_seed{loaded.seed}"
+    with _progress("preparing") as report:
+        run = app.train(loaded, folder, resume=resume, report=report, workers=workers)
+    console.print(f"run: {run}\npredict with: tailseg predict {run} test {run / 'predictions'}")
+
+
+@cli.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="folder of a trained run")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="INPUT", help="a scan, a folder of scans, or the run's own set: test, val, unlabelled"),
+    ],
+    output: Annotated[Path, typer.Argument(help="folder for the label files")],
+    checkpoint: Annotated[str, typer.Option(help="best (on validation) or last")] = "best",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
+    probabilities: Annotated[bool, typer.Option(help="also write the class probabilities, <case>_probs.npz")] = False,
+    debug: Debug = False,
+) -> None:
+    """Segment scans on their own grid and orientation."""
+    from tailseg import app
+
+    if checkpoint not in ("best", "last"):
+        raise typer.BadParameter(f"'{checkpoint}' is no checkpoint; use best or last")
+    with _progress("predicting") as report:
+        written = app.predict(
+            run, source, output, checkpoint=checkpoint, device=device, save_probs=probabilities, report=report
+        )
+    console.print(f"{len(written)} label files in {output}, the names of their labels in {output / 'labels.json'}")
+
+
+@cli.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="folder of predicted label files")],
+    reference: Annotated[
+        Path, typer.Argument(help="folder of reference label files of the same names, or their data set")
+    ],
+    protocol: Annotated[
+        list[str] | None, typer.Option(help="set of rules, repeatable; see `tailseg list protocols`")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the tables; default: the predictions'")] = None,
+    workers: Workers = 2,
+    debug: Debug = False,
+) -> None:
+    """Score label files against reference label files, per case and class."""
+    from tailseg import app
+    from tailseg.evaluate.summary import summary_table
+
+    with _progress("scoring") as report:
+        summaries = app.evaluate(predictions, reference, protocol or ["native"], out, workers=workers, report=report)
+    for summary in summaries.values():
+        console.print(summary_table(summary))
+    console.print(f"per case and class: {out or predictions}/<protocol>.csv; summaries: <protocol>.json")
+
+
+@cli.command(name="list")
+def list_(
+    kind: Annotated[str | None, typer.Argument(help=f"one of {', '.join(KINDS)}")] = None, debug: Debug = False
+) -> None:
+    """What there is to choose from."""
+    if kind is not None and kind not in KINDS:
+        raise typer.BadParameter(f"nothing is listed under '{kind}'. {suggest(kind, KINDS)}")
+    for each in KINDS if kind is None else (kind,):
+        console.print(f"[bold]{each}[/bold]")
+        for name, text in _listing(each).items():
+            console.print(f"  [cyan]{name:<16}[/cyan] {text}", highlight=False)
+
+
+def _listing(kind: str) -> dict[str, str]:
+    from tailseg.components import builtin_names, plugins, summary
+
+    if kind == "methods" or kind == "networks":
+        found = {name: summary(kind, name) for name in builtin_names(kind)}
+        return found | {name: f"plug-in {entry.value}" for name, entry in plugins(kind).items()}
+    if kind == "weighters":
+        from tailseg.parts.class_weights import WEIGHTERS
+
+        return {name: (weighter.__doc__ or "").splitlines()[0] for name, weighter in WEIGHTERS.items()}
+    if kind == "preparations":
+        from tailseg.data.prepare import PREPARATIONS
+
+        return {name: preparation.describe() for name, preparation in PREPARATIONS.items()}
+    from tailseg.evaluate.protocols import PROTOCOLS
+
+    return {name: protocol.describe() for name, protocol in PROTOCOLS.items()}
+
+
+@cli.command()
+def show(
+    what: Annotated[str, typer.Argument(help="a recipe file, the folder of a run, or the name of a method or network")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """A recipe with every default filled in, or a method or network with its options."""
+    from rich.syntax import Syntax
+
+    from tailseg.components import builtin_names
+    from tailseg.options import OptionError
+    from tailseg.recipe import load_recipe
+
+    path = Path(what) / "recipe.yaml" if Path(what).is_dir() else Path(what)
+    if path.is_file():
+        console.print(Syntax(load_recipe(path, overrides or []).to_yaml(), "yaml", background_color="default"))
+        return
+    for kind in ("methods", "networks"):
+        if what in builtin_names(kind):
+            _show_component(kind, what)
+            return
+    known = [*builtin_names("methods"), *builtin_names("networks")]
+    raise OptionError(f"'{what}' is no file, run, method or network. {suggest(what, known)}")
+
+
+def _show_component(kind: Any, name: str) -> None:
+    from rich.table import Table
+
+    from tailseg.components import check_component, find
+
+    made = find(kind, name)
+    console.print((sys.modules[made.__module__].__doc__ or "").strip(), highlight=False)
+    table = Table("option", "default", title=f"options of {name}", title_justify="left")
+    for option, default in check_component(kind, name, {}).items():
+        table.add_row(f"{kind.removesuffix('s')}.{option}", str(default))
+    console.print(table)
+
+
+@cli.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for data, run, predictions and scores")] = Path("demo"),
+    debug: Debug = False,
+) -> None:
+    """The main job on synthetic abdomens: make, prepare, train DHC, predict, evaluate. About five minutes on two cores."""
+    from tailseg.demo import run_demo
+
+    run_demo(out, console)
+
+
+class _progress:
+    """A rich progress bar over cases that appears with the first one; steps aside when it is full."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.bar: Any = None
+
+    def __enter__(self) -> _progress:
+        return self
+
+    def __call__(self, done: int, total: int, case: str) -> None:
+        from rich.progress import Progress
+
+        if self.bar is None:
+            self.bar = Progress(console=console, transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task(self.what, total=total)
+        self.bar.update(self.task, completed=done, description=f"{self.what} {case}")
+        if done == total:
+            self.__exit__()
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def main() -> None:
+    """Run the command; errors of the user's making are one or two lines, with --debug a traceback."""
+    debug = "--debug" in sys.argv
+    try:
+        code = cli(standalone_mode=False)
+    except Exception as error:
+        if debug:
+            raise
+        code = _say(error)
+    except KeyboardInterrupt:
+        errors.print("stopped")
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(error: Exception) -> int:
+    from rich.markup import escape
+
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    message = error.format_message() if hasattr(error, "format_message") else str(error)  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(error, ValueError | OSError) or hasattr(error, "format_message") or _is_ours(error):
+        errors.print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
+        return 2
+    errors.print(f"[red]{type(error).__name__}:[/red] {escape(message)}", highlight=False, soft_wrap=True)
+    errors.print("This looks like a fault of TailSeg; run again with --debug for the traceback.", highlight=False)
+    return 1
+
+
+def _is_ours(error: Exception) -> bool:
+    return type(error).__module__.startswith("tailseg.")
+
+
+if __name__ == "__main__":
+    main()
