@@ -161,8 +161,9 @@ def test_an_interrupted_folder_is_completed(tmp_path: Path):
     [
         ({"labelled": 5}, "from 6 to 16"),
         ({"cases": 8, "labelled": 9}, "from 6 to 8"),
-        ({"shape": (4, 80, 80)}, "at least 8"),
+        ({"shape": (4, 80, 80)}, "8 or more"),
         ({"spacing": (0.0, 4.0, 4.0)}, "above 0"),
+        ({"seed": -1}, "seed -1"),
     ],
 )
 def test_impossible_sizes_are_refused(tmp_path: Path, options: dict, message: str):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -244,10 +245,18 @@ def test_runs_started_together_wait_for_each_other(
 ) -> None:
     path = store_path(dataset, RECIPE, tmp_path)
     path.mkdir(parents=True)
-    lock = FileLock(path / ".lock", thread_local=False)
-    lock.acquire()
-    threading.Timer(0.3, lock.release).start()
+    taken = threading.Event()
+
+    def another_run() -> None:
+        with FileLock(path / ".lock"):
+            taken.set()
+            time.sleep(0.3)
+
+    other = threading.Thread(target=another_run)
+    other.start()
+    taken.wait()
     prepare_dataset(dataset, RECIPE, tmp_path, cases=["a"])
+    other.join()
     assert "waiting for it" in caplog.text
 
 

@@ -131,20 +131,20 @@ def test_training_may_not_see_a_case_outside_its_split(training: TrainingStore, 
 
 def test_a_case_without_label_has_none(store: Store) -> None:
     for read in (store.label, store.positions, store.class_voxels):
-        with pytest.raises(DataError, match="Case 'u0' of .* has no label"):
+        with pytest.raises(DataError, match=r"Case 'u0' of .* has no label"):
             read("u0")
 
 
 def test_a_case_that_is_not_prepared_is_named(store: Store) -> None:
     for read in (store.image, store.label, store.positions, store.shape):
-        with pytest.raises(DataError, match="Case 'x' is not in the store .*; run `tailseg prepare`"):
+        with pytest.raises(DataError, match=r"Case 'x' is not in the store .*; run `tailseg prepare`"):
             read("x")
-    with pytest.raises(DataError, match="Case 'x' is not in the store .*; run `tailseg prepare`"):
+    with pytest.raises(DataError, match=r"Case 'x' is not in the store .*; run `tailseg prepare`"):
         store.for_training(Split("other", ("a", "x")))
 
 
 def test_what_is_no_complete_store_says_to_prepare(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No prepared store at .*; run `tailseg prepare`"):
+    with pytest.raises(DataError, match=r"No prepared store at .*; run `tailseg prepare`"):
         Store.open(tmp_path / "nowhere")
     for name in ("recipe.json", "index.json"):
         broken = copy(store.path, tmp_path / f"without_{name}")

@@ -169,3 +169,16 @@ def test_neighbours_are_dropped_independently():
     kept = (Dropout(0.3)(torch.ones(400_001)) > 0).float()
     correlations = [torch.corrcoef(torch.stack([kept[:-lag], kept[lag:]]))[0, 1].item() for lag in (1, 2, 3, 4, 8)]
     assert correlations == pytest.approx([0] * 5, abs=0.008)
+
+
+def test_bf16_weight_gradients_of_two_slices_take_in_no_foreign_memory():
+    conv = Layers(3, "batch").conv(16, 16, 3)
+    weight = next(conv.parameters())
+    x = torch.randn(2, 16, 2, 4, 4)
+    for _ in range(8):
+        poison = [torch.full((size,), math.nan) for size in (2**20, 2**16, 2**14, 2**12) * 4]
+        del poison  # freed memory that a careless kernel would pick up
+        with torch.autocast("cpu", torch.bfloat16):
+            y = conv(x)
+        (gradient,) = torch.autograd.grad(y.float().square().mean(), weight)
+        assert torch.isfinite(gradient).all()

@@ -97,9 +97,7 @@ def canonical_orientation(affine: np.ndarray) -> tuple[Shape, tuple[bool, bool, 
 
     Returns the source axis of each turned axis, and whether it is walked backwards.
     """
-    turned = nib.orientations.io_orientation(
-        affine
-    )  # (3, 2): file axis i, j, k -> anatomical axis R, A, S and direction
+    turned = nib.orientations.io_orientation(affine)  # (3, 2): file axis i, j, k -> axis R, A, S and direction
     axes, flips = [0, 0, 0], [False, False, False]
     for file_axis, (anatomical, direction) in enumerate(turned):
         axes[2 - int(anatomical)] = 2 - file_axis
@@ -144,7 +142,7 @@ def _check_grid(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> Shape
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -152,12 +150,18 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         data = gzip.decompress(
             path.read_bytes()
         )  # to its end: only there stands the checksum, which nibabel never reads
-        header_size = int.from_bytes(data[:4], "little")
-        kind = nib.Nifti2Image if header_size in NIFTI2_SIZES else nib.Nifti1Image  # pyright: ignore[reportPrivateImportUsage]
-        nifti: Any = kind.from_bytes(data)
+        nifti: Any = _nifti_kind(data).from_bytes(data)
     else:
         nifti = nib.load(path)  # pyright: ignore[reportPrivateImportUsage]
     return np.asanyarray(nifti.dataobj), np.asarray(nifti.affine, dtype=np.float64)
+
+
+def _nifti_kind(data: bytes) -> Any:
+    """NIfTI-1 or -2: the header begins with its own size, in either byte order."""
+    for size, kind in ((348, nib.Nifti1Image), (540, nib.Nifti2Image)):  # pyright: ignore[reportPrivateImportUsage]
+        if len(data) >= size and size in (int.from_bytes(data[:4], "little"), int.from_bytes(data[:4], "big")):
+            return kind
+    raise ValueError("it does not begin with a NIfTI header")
 
 
 def _itk_header(path: Path) -> tuple[Any, tuple[int, ...], np.ndarray]:
@@ -206,4 +210,4 @@ def _write_itk(path: Path, image: Image) -> None:
     try:
         sitk.WriteImage(written, str(path), useCompression=True)
     except RuntimeError as error:
-        raise OSError(_first_line(error)) from error
+        raise OSError("SimpleITK cannot write it") from error

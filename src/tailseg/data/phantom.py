@@ -1,7 +1,7 @@
 """A made-up abdomen: CT-like scans with the 13 organs of Synapse, for trying things out and for tests.
 
 Organs are ellipsoids and tubes placed in mm (right, anterior, superior) about the first lumbar vertebra, bent by a smooth
-random displacement, so that every case differs and small organs stay small: about 900 voxels of liver to one of adrenal.
+random displacement, so that every case differs and small organs stay small: 700 voxels of liver to one of right adrenal.
 """
 
 from __future__ import annotations
@@ -101,8 +101,10 @@ def make_phantom(
             f"labelled={labelled} of cases={cases}: {VAL + TEST} labelled cases go to validation and test, so give "
             f"from {VAL + TEST + 1} to {cases}."
         )
-    if min(shape) < 8 or min(spacing) <= 0:
-        raise DataError(f"shape {shape} must be at least 8 along every axis, and spacing {spacing} above 0.")
+    if min(shape) < 8 or min(spacing) <= 0 or seed < 0:
+        raise DataError(
+            f"shape {shape} must be 8 or more along every axis, spacing {spacing} above 0, seed {seed} not below."
+        )
     made = {"cases": cases, "labelled": labelled, "shape": list(shape), "spacing": list(spacing), "seed": seed}
     if not _may_write(root, made):
         raise DataError(f"{root} holds something other than the phantom {made}; give an empty folder, or delete it.")
@@ -145,9 +147,8 @@ def make_case(
     k, j, i = np.indices(shape, dtype=np.float32)
     grid = np.stack([i, j, k], axis=-1)
     scale = np.array(shape[::-1]) * spacing[::-1] / _FIELD * rng.uniform(0.96, 1.04, 3)
-    body = ((grid @ affine[:3, :3].T + affine[:3, 3]) / scale).astype(
-        np.float32
-    )  # (D, H, W, 3) mm of the drawn anatomy
+    drawn = (grid @ affine[:3, :3].T + affine[:3, 3]) / scale
+    body = drawn.astype(np.float32)  # (D, H, W, 3) right, anterior, superior in mm
     body += np.stack([5 * _smooth(rng, shape, 0.22) for _ in range(3)], axis=-1)
     within = body + np.stack([3 * _smooth(rng, shape, 0.12) for _ in range(3)], axis=-1)  # organs vary more than bones
     hu, cavity = _draw_body(body, rng)
@@ -225,7 +226,7 @@ def _draw_body(body: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, 
     hu = np.full(x.shape, -1000, np.float32)
     hu[skin > 0] = -105
     hu[(wall > 0) | ((skin * depth > 0.9 * fat) & (y < -40))] = 52
-    cavity = (wall * 88 > 9) & (np.hypot(x / 1.3, y + 66) > 30)
+    cavity = (wall * 88 > 9) & (np.hypot(x / 1.3, y + 66) > 25)
     hu[cavity] = MESENTERY
     psoas = (np.hypot(np.abs(x) - 38 + z * 0.12, y + 50) < 15) & (z < 0)
     erector = np.hypot((np.abs(x) - 38) / 1.5, y + 78) < 18

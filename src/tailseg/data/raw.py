@@ -62,11 +62,11 @@ def read_raw(root: Path) -> RawDataset:
         raise DataError(f"{root} holds no scans: put them into imagesTr as <case>_0000{ending}, labels into labelsTr.")
     if twice := sorted(labelled.keys() & unlabelled.keys()):
         raise DataError(f"{root}: cases {', '.join(twice)} are both in imagesTr and in imagesUn; keep one of each.")
-    labels = root / "labelsTr"
-    for file in sorted(labels.glob(f"*{ending}")) if labels.is_dir() else []:
-        case = file.name.removesuffix(ending)
+    for case in _stems(root / "labelsTr", ending):
         if case not in labelled:
-            raise DataError(f"{file} labels no scan: {root}/imagesTr/{case}_0000{ending} is missing.")
+            raise DataError(
+                f"{root}/labelsTr/{case}{ending} labels no scan: {root}/imagesTr/{case}_0000{ending} is missing."
+            )
     cases = {**labelled, **unlabelled}
     name = str(description.get("name", root.name))
     return RawDataset(root, name, channels, classes, values, ignored, {case: cases[case] for case in sorted(cases)})
@@ -94,18 +94,20 @@ def load_label(case: Case, dataset: RawDataset, image: Image) -> np.ndarray:
     assert case.label is not None, f"{case.id} has no label"
     label = read_image(case.label)
     _check_same_grid(case.label, label, case.images[0], Image(image.array[0], image.affine))
-    values = np.unique(label.array)
-    known = {*dataset.label_values, *dataset.ignore_values}
-    if unknown := [f"{value:g}" for value in values.tolist() if value not in known]:
+    table, known = np.full(256, IGNORE, np.uint8), np.zeros(256, bool)
+    table[list(dataset.label_values)] = range(len(dataset.classes))
+    known[[*dataset.label_values, *dataset.ignore_values]] = True
+    with np.errstate(invalid="ignore"):  # what NaN becomes does not matter: it is unequal to anything
+        values = label.array.astype(np.uint8)
+    wrong = (values != label.array) | ~known[values]
+    if wrong.any():
+        unknown = [f"{value:g}" for value in np.unique(label.array[wrong])]
         shown = ", ".join(unknown[:10]) + (", ..." if len(unknown) > 10 else "")
         raise ImageError(
             f"{case.label} holds the values {shown}, which {dataset.root}/dataset.json does not name; "
             "name them under labels, or correct the file."
         )
-    indices = np.full(label.array.shape, IGNORE, np.uint8)
-    for index, value in enumerate(dataset.label_values):
-        indices[label.array == value] = index
-    return indices
+    return table[values]
 
 
 def load_case(case: Case, dataset: RawDataset, *, with_label: bool = True) -> tuple[Image, np.ndarray | None]:
@@ -146,7 +148,7 @@ def _read_description(root: Path) -> dict[str, Any]:
 def _channels(root: Path, description: Mapping[str, Any]) -> tuple[str, ...]:
     channels = description.get("channel_names", description.get("modality"))
     numbers = [str(number) for number in range(len(channels))] if isinstance(channels, dict) else []
-    if not isinstance(channels, dict) or not channels or sorted(channels, key=int) != numbers:
+    if not isinstance(channels, dict) or not channels or set(channels) != set(numbers):
         raise DataError(f'{root}/dataset.json: channel_names must be like {{"0": "CT"}}, counting from 0.')
     return tuple(str(channels[number]) for number in numbers)
 
@@ -156,36 +158,45 @@ def _labels(root: Path, description: Mapping[str, Any]) -> tuple[tuple[str, ...]
     labels = description.get("labels")
     if not isinstance(labels, dict) or len(labels) < 2:
         raise DataError(f'{root}/dataset.json: labels must be like {{"background": 0, "liver": 1}}.')
-    if all(str(key).isdigit() for key in labels):  # the first nnU-Net wrote value -> name
-        labels = {name: int(value) for value, name in labels.items()}
+    if all(key.isdigit() for key in labels):  # the first nnU-Net wrote value -> name
+        if len(set(map(str, labels.values()))) != len(labels):
+            raise DataError(f"{root}/dataset.json: two labels have the same name; every value needs a name of its own.")
+        labels = {str(name): int(value) for value, name in labels.items()}
     for name, value in labels.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 255:
             raise DataError(f"{root}/dataset.json: label '{name}' is {value!r}; it must be one integer from 0 to 255.")
     classes = {name: value for name, value in labels.items() if name != "ignore"}
-    if len(set(classes.values())) != len(classes) or min(classes.values()) != 0:
+    if len(set(labels.values())) != len(labels) or 0 not in classes.values():
         raise DataError(f"{root}/dataset.json: every label needs a value of its own, and the background has 0.")
+    if len(classes) < 2:
+        raise DataError(
+            f"{root}/dataset.json: labels name no class beside the background; add what is to be segmented."
+        )
     names = sorted(classes, key=lambda name: classes[name])
     ignored = (labels["ignore"],) if "ignore" in labels else ()
     return tuple(names), tuple(classes[name] for name in names), ignored
 
 
+def _stems(folder: Path, ending: str) -> list[str]:
+    """Names of the files without their ending; hidden ones are not the user's, such as macOS' "._" copies."""
+    names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    return [name.removesuffix(ending) for name in names if name.endswith(ending) and not name.startswith(".")]
+
+
 def _find(folder: Path, ending: str, channels: int, labels: Path | None) -> dict[str, Case]:
-    if not folder.is_dir():
-        return {}
-    stems = sorted(file.name.removesuffix(ending) for file in folder.iterdir() if file.name.endswith(ending))
-    for stem in stems:
+    found: dict[str, set[int]] = {}
+    for stem in _stems(folder, ending):
         if len(stem) < 6 or stem[-5] != "_" or not stem[-4:].isdigit():
             raise DataError(
                 f"{folder}/{stem}{ending} must be called <case>_0000{ending}: the last four digits are the channel."
             )
+        found.setdefault(stem[:-5], set()).add(int(stem[-4:]))
     cases = {}
-    for case in sorted({stem[:-5] for stem in stems}):
+    for case, numbers in found.items():
+        for channel in sorted(set(range(channels)) ^ numbers):
+            problem = "is missing" if channel < channels else "is a channel too many"
+            raise DataError(f"{folder}/{case}_{channel:04d}{ending} {problem}: dataset.json names {channels} channels.")
         images = tuple(folder / f"{case}_{channel:04d}{ending}" for channel in range(channels))
-        for image in images:
-            if not image.exists():
-                raise DataError(f"{image} is missing: dataset.json names {channels} channels.")
-        if (extra := folder / f"{case}_{channels:04d}{ending}").exists():
-            raise DataError(f"{extra} is a channel too many: dataset.json names {channels}.")
         label = None if labels is None else labels / f"{case}{ending}"
         cases[case] = Case(case, images, label if label is not None and label.exists() else None)
     return cases

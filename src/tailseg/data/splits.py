@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from tailseg.data.raw import DataError, RawDataset
 from tailseg.options import suggest
 
 SETS = ("labelled", "unlabelled", "val", "test")
+_NOTES = ("source",)  # says where a published split comes from
 _SPELLINGS = {"labeled": "labelled", "unlabeled": "unlabelled"}
 
 
@@ -34,8 +36,7 @@ class Split:
                     f"Split '{self.name}': {', '.join(shared)} are both {first} and {second}; keep one of each."
                 )
         for each in SETS:
-            cases = getattr(self, each)
-            if twice := sorted({case for case in cases if cases.count(case) > 1}):
+            if twice := sorted(case for case, times in Counter(getattr(self, each)).items() if times > 1):
                 raise DataError(f"Split '{self.name}' names {', '.join(twice)} twice under {each}.")
         if not self.labelled:
             raise DataError(f"Split '{self.name}' has no labelled cases; training needs at least one.")
@@ -52,12 +53,18 @@ class Split:
         return hashlib.sha256(json.dumps(sets, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; from_dict reads it back."""
+        """For JSON."""
         return asdict(self) | {"sha256": self.digest}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Split:
-        return cls(values["name"], *(tuple(values[each]) for each in SETS))
+        """What to_dict gave. Raises DataError if its cases were changed since."""
+        split = cls(values["name"], *(tuple(values[each]) for each in SETS))
+        if split.digest != values["sha256"]:
+            raise DataError(
+                f"Split '{split.name}' has other cases than its sha256 says; take the one written with the run."
+            )
+        return split
 
 
 def read_split(dataset: RawDataset, name: str, file: Path | None = None) -> Split:
@@ -73,16 +80,33 @@ def read_split(dataset: RawDataset, name: str, file: Path | None = None) -> Spli
         splits = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(splits, dict):
+        raise DataError(f'{path} must hold {{"my_split": {{"labelled": [...], "unlabelled": [...], ...}}}}.')
     if name not in splits:
         raise DataError(f"{path} holds no split '{name}'. {suggest(name, splits)}")
-    sets = {_SPELLINGS.get(key, key): cases for key, cases in splits[name].items()}
-    given = {each: sets.get(each, []) for each in SETS}
-    for each, cases in given.items():
-        if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
-            raise DataError(f"{path}, split '{name}': {each} must be a list of case ids.")
-    split = Split(name, *(tuple(given[each]) for each in SETS))
+    sets = _sets(splits[name], f"{path}, split '{name}'")
+    split = Split(name, *(sets.get(each, ()) for each in SETS))
     _check_cases(split, dataset, path)
     return split
+
+
+def _sets(given: Any, where: str) -> dict[str, tuple[str, ...]]:
+    """The sets as they are written, under our spelling."""
+    if not isinstance(given, dict):
+        raise DataError(f"{where} must be an object with the lists {', '.join(SETS)}.")
+    sets: dict[str, tuple[str, ...]] = {}
+    for key, cases in given.items():
+        each = _SPELLINGS.get(key, key)
+        if each in _NOTES:
+            continue
+        if each not in SETS:
+            raise DataError(f"{where} has no set '{key}'. {suggest(key, SETS)}")
+        if each in sets:
+            raise DataError(f"{where} names {each} twice, as '{key}' too; keep one spelling.")
+        if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
+            raise DataError(f"{where}: {key} must be a list of case ids.")
+        sets[each] = tuple(cases)
+    return sets
 
 
 def _check_cases(split: Split, dataset: RawDataset, path: Path) -> None:

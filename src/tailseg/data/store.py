@@ -110,7 +110,7 @@ class Store:
 
     def __init__(self, path: Path, recipe: StoreRecipe, cases: Mapping[str, CaseInfo]) -> None:
         self.path, self.recipe, self.cases = path, recipe, MappingProxyType(dict(cases))
-        self._array = lru_cache(OPEN_ARRAYS)(self._open_array)
+        self._array = lru_cache(OPEN_ARRAYS)(self._load)
         self._positions = lru_cache(OPEN_ARRAYS)(self._load_positions)
 
     @classmethod
@@ -201,20 +201,20 @@ class Store:
     def for_training(self, split: Split) -> TrainingStore:
         return TrainingStore(self, split)
 
-    def _open_array(self, case: str, name: str) -> np.ndarray:
+    def _load_positions(self, case: str) -> Mapping[int, np.ndarray]:
+        with self._load(case, "positions.npz") as file:
+            voxels, counts = file["voxels"], file["counts"]
+        voxels.flags.writeable = False
+        parts = np.split(voxels, np.cumsum(counts)[:-1])
+        return {label: part for label, part in enumerate(parts) if len(part)}
+
+    def _load(self, case: str, name: str) -> Any:
         try:
             return np.load(self.path / "cases" / case / name, mmap_mode="r")
         except (OSError, ValueError) as error:
             raise DataError(
                 f"Case '{case}' of {self.path} lost its {name} ({error}); run `tailseg prepare`."
             ) from error
-
-    def _load_positions(self, case: str) -> Mapping[int, np.ndarray]:
-        with np.load(self.path / "cases" / case / "positions.npz") as file:
-            voxels, counts = file["voxels"], file["counts"]
-        voxels.flags.writeable = False
-        parts = np.split(voxels, np.cumsum(counts)[:-1])
-        return {label: part for label, part in enumerate(parts) if len(part)}
 
 
 class TrainingStore:
