@@ -142,9 +142,12 @@ def _listing(kind: str) -> dict[str, str]:
 
         return {name: (weighter.__doc__ or "").splitlines()[0] for name, weighter in WEIGHTERS.items()}
     if kind == "preparations":
+        import yaml
+
         from tailseg.data.prepare import PREPARATIONS
 
-        return {name: preparation.describe() for name, preparation in PREPARATIONS.items()}
+        keys = {name: each.model_dump(mode="json", exclude_defaults=True) for name, each in PREPARATIONS.items()}
+        return {name: yaml.safe_dump(tree, default_flow_style=True, width=999).strip() for name, tree in keys.items()}
     from tailseg.evaluate.protocols import PROTOCOLS
 
     return {name: protocol.describe() for name, protocol in PROTOCOLS.items()}

@@ -152,6 +152,14 @@ def test_a_mask_against_itself_is_perfect() -> None:
     assert hd95(comparison) == asd(comparison) == assd(comparison) == 0
 
 
+def test_a_volume_of_one_slice_is_compared_as_the_slice() -> None:
+    pred, ref = blobs(3, (40, 30))
+    flat, volume = compare(pred, ref, (0.7, 1.3)), compare(pred[None], ref[None], (5.0, 0.7, 1.3))
+    for metric in (dice, hd95, asd, assd, nsd):
+        assert metric(volume) == metric(flat)
+    assert ref_ml(volume) == pytest.approx(np.count_nonzero(ref) * 5 * 0.7 * 1.3 / 1000)
+
+
 @pytest.mark.parametrize(
     ("has_pred", "has_ref", "state"),
     [(True, True, "found"), (False, True, "missed"), (True, False, "invented"), (False, False, "absent")],

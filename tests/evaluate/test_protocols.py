@@ -126,4 +126,6 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         protocol_named("natve")
     with pytest.raises(OptionError, match=r"no metric is called 'dise'\. Did you mean 'dice'\?"):
         replace(PROTOCOLS["native"], metrics=("dise",))
+    with pytest.raises(OptionError, match="pred_ml is in ml and needs spacing 'mm'"):
+        replace(PROTOCOLS["native"], spacing="voxels")
     assert protocol_named("dhc-p23") is PROTOCOLS["dhc-p23"]

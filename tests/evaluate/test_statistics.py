@@ -34,7 +34,7 @@ def test_interval_is_the_same_every_time_and_narrower_at_a_lower_level() -> None
 
 def test_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
-    samples = rng.beta(5, 2, (150, 25))
+    samples = rng.beta(5, 2, (80, 25))
     covered = [low <= 5 / 7 <= high for low, high in map(bootstrap_interval, samples)]
     assert 0.88 <= np.mean(covered) <= 1
 
@@ -113,7 +113,7 @@ def test_no_pair_and_no_difference_are_said() -> None:
 
 def test_p_is_uniform_when_nothing_differs() -> None:
     rng = np.random.default_rng(1)
-    tests = [paired_test(rng.random(10), rng.random(10)) for _ in range(200)]
+    tests = [paired_test(rng.random(10), rng.random(10)) for _ in range(100)]
     for p in ([t.wilcoxon_p for t in tests], [t.permutation_p for t in tests]):
         assert np.mean(np.array(p) < 0.05) < 0.09
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from tiny import make_tiny, tiny_recipe
 from tailseg import app
 from tailseg.components import builtin_names
 from tailseg.recipe import load_recipe
+from tailseg.train.metrics_log import read_metrics
 
 RANK = """
 import os, sys
@@ -52,16 +52,15 @@ def train_on_two_ranks(recipe_file: Path, folder: Path) -> None:
 
 
 def losses(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    return [line["losses"] for line in lines if line["kind"] == "train"]
+    return [line["losses"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"]
 
 
 @pytest.mark.parametrize("name", builtin_names("methods"))
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 def test_two_ranks_follow_one(name: str, norm: str, tmp_path: Path):
-    tree = tiny_recipe(make_tiny(tmp_path / "tiny"), name, epochs=1, log_every=1, lr=0.005)
+    tree = tiny_recipe(make_tiny(tmp_path / "tiny"), name, epochs=1, log_every=1, lr=0.0005)
     tree["network"] |= {"norm": norm, "dropout": 0.0, "width": 4}
-    tree["data"]["patch_size"] = [16, 16, 32]  # more than one voxel at the bottom for InstanceNorm
+    tree["data"]["patch_size"] = [32, 32, 32]  # eight voxels at the bottom: InstanceNorm of one or two is chaotic
     tree["data"]["pad"] = True
     recipe = load_recipe(tree)
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
@@ -72,4 +71,4 @@ def test_two_ranks_follow_one(name: str, norm: str, tmp_path: Path):
     if norm == "instance":  # BatchNorm's statistics are of a rank's share, so its losses differ
         app.train(recipe, tmp_path / "one")
         for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
-            assert one == pytest.approx(two, rel=2e-4, abs=2e-5)
+            assert one == pytest.approx(two, rel=1e-4, abs=1e-6)

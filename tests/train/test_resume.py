@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from tailseg.components import builtin_names
 from tailseg.options import OptionError
 from tailseg.recipe import load_recipe
 from tailseg.train.checkpoint import CheckpointError, load_checkpoint
+from tailseg.train.metrics_log import read_metrics
 
 KILLED_AT_STEP_10 = """
 import os, signal, sys
@@ -67,7 +67,7 @@ def test_a_killed_run_resumes_bit_for_bit(name: str, spatial_dims: int, tmp_path
     app.train(recipe, killed, resume=True)
     for checkpoint in ("last.pt", "best.pt"):
         assert_same(load_checkpoint(unbroken / checkpoint), load_checkpoint(killed / checkpoint))
-    lines = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (unbroken, killed)]
+    lines = [read_metrics(run / "metrics.jsonl") for run in (unbroken, killed)]
     validations = [[line for line in run if line["kind"] == "validation"] for run in lines]
     assert validations[0] == validations[1]
 

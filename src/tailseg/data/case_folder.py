@@ -34,20 +34,18 @@ def write_case(
             f"intensities from {low:g} to {high:g} after normalisation exceed float16's {FLOAT16_MAX:g}; "
             "choose another prepare.intensity"
         )
-    folder, temporary = store / "cases" / case, store / TEMPORARY / case
-    shutil.rmtree(temporary, ignore_errors=True)
+    folder = store / "cases" / case
+    temporary, old = (store / TEMPORARY / f"{case}.{os.getpid()}.{age}" for age in ("new", "old"))
     temporary.mkdir(parents=True)
     try:
         info = _write_files(temporary, case, prepared, num_classes, source)
         folder.parent.mkdir(exist_ok=True)
         if folder.exists():
-            old = store / TEMPORARY / f"{case}.old"
-            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         temporary.rename(folder)
-    except BaseException:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        shutil.rmtree(old, ignore_errors=True)
     return info
 
 

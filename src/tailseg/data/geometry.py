@@ -16,8 +16,8 @@ from tailseg.data.image import Shape, canonical_orientation, spacing_of
 
 Spacing = tuple[float, float, float]
 
-CHUNK_VALUES = 2**24
-"""Probabilities interpolated in plane at a time (64 MiB): they bound what restore_labels holds beside the slabs."""
+CHUNK_VALUES = 2**22
+"""Probabilities interpolated in plane at a time (16 MiB): they bound what restore_labels holds beside the slabs."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def restore_labels(slabs: Iterable[tuple[int, Tensor]], geometry: Geometry) -> n
     labels = np.zeros(geometry.source_shape, np.uint8)
     crop = geometry.view(labels)
     for first, planes in _native_planes(slabs, geometry):
-        crop[first : first + len(planes)] = planes.argmax(1).to(torch.uint8).cpu().numpy()
+        # max, since argmax over a middle axis takes four times as long on a CPU
+        crop[first : first + len(planes)] = planes.max(1).indices.to(torch.uint8).cpu().numpy()
     return labels
 
 

@@ -147,9 +147,8 @@ def _first_line(error: Exception) -> str:
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if path.name.endswith(".gz"):
-        data = gzip.decompress(
-            path.read_bytes()
-        )  # to its end: only there stands the checksum, which nibabel never reads
+        # to the end of the file: only there stands the checksum, which nibabel never reads
+        data = gzip.decompress(path.read_bytes())
         nifti: Any = _nifti_kind(data).from_bytes(data)
     else:
         nifti = nib.load(path)  # pyright: ignore[reportPrivateImportUsage]

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -192,7 +193,7 @@ def _check_space(path: Path, jobs: list[_Job]) -> None:
     free = shutil.disk_usage(path).free
     if needed > free:
         raise DataError(
-            f"Preparing {len(jobs)} cases takes up to {needed / 1e9:.1f} GB, but the disk of {path} has {free / 1e9:.1f} GB "
+            f"Preparing {len(jobs)} cases takes up to {needed / 1e6:,.0f} MB, but the disk of {path} has {free / 1e6:,.0f} MB "
             "free; free some space or choose another data.store."
         )
 
@@ -227,7 +228,7 @@ def _outcomes(jobs: list[_Job], workers: int) -> Generator[tuple[str, _Outcome]]
     context.set_forkserver_preload([__name__])
     waiting = iter(jobs)
     running: dict[Future[_Outcome], str] = {}
-    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         try:
             # One job per worker at a time, so that the cases in flight are known should a worker be killed.
             for job in islice(waiting, workers):
@@ -245,6 +246,19 @@ def _outcomes(jobs: list[_Job], workers: int) -> Generator[tuple[str, _Outcome]]
                 f'{workers} workers. A script of your own must do this under `if __name__ == "__main__":`.'
             )
             yield killed, _Outcome(None, problem, hopeless=True)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """The workers of a pool outlive a parent that is killed: they would wait for work for ever, holding their memory."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _prepare(job: _Job) -> _Outcome:

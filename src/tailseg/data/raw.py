@@ -101,7 +101,7 @@ def load_label(case: Case, dataset: RawDataset, image: Image) -> np.ndarray:
         values = label.array.astype(np.uint8)
     wrong = (values != label.array) | ~known[values]
     if wrong.any():
-        unknown = [f"{value:g}" for value in np.unique(label.array[wrong])]
+        unknown = [f"{value:.10g}" for value in np.unique(label.array[wrong])]
         shown = ", ".join(unknown[:10]) + (", ..." if len(unknown) > 10 else "")
         raise ImageError(
             f"{case.label} holds the values {shown}, which {dataset.root}/dataset.json does not name; "
@@ -180,7 +180,14 @@ def _labels(root: Path, description: Mapping[str, Any]) -> tuple[tuple[str, ...]
 def _stems(folder: Path, ending: str) -> list[str]:
     """Names of the files without their ending; hidden ones are not the user's, such as macOS' "._" copies."""
     names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
-    return [name.removesuffix(ending) for name in names if name.endswith(ending) and not name.startswith(".")]
+    names = [name for name in names if name.endswith(IMAGE_ENDINGS) and not name.startswith(".")]
+    for name in names:
+        if not name.endswith(ending):
+            raise DataError(
+                f"{folder}/{name} would be left out: dataset.json's file_ending is '{ending}'. Convert it, correct "
+                "file_ending, or move it elsewhere."
+            )
+    return [name.removesuffix(ending) for name in names]
 
 
 def _find(folder: Path, ending: str, channels: int, labels: Path | None) -> dict[str, Case]:

@@ -156,8 +156,8 @@ def cut(array: np.ndarray, request: PatchRequest, extent: Shape, fill: float) ->
     patch = array[(..., *inside)]
     missing = [(max(-start, 0), max(start + side - size, 0)) for start, side, size in spans]
     if any(before or after for before, after in missing):
-        patch = np.pad(patch, [(0, 0)] * (array.ndim - 3) + missing, constant_values=fill)
-    return patch
+        return np.pad(patch, [(0, 0)] * (array.ndim - 3) + missing, constant_values=fill)
+    return np.array(patch)  # a copy, since torch cannot share a read-only memory map
 
 
 class DrawnBatch(NamedTuple):
@@ -204,12 +204,12 @@ class PatchStream:
         def images(patches: list[PatchRequest]) -> Tensor:
             x = torch.empty(len(patches), channels, *extent)
             for row, patch in zip(x, patches, strict=True):
-                row.copy_(torch.from_numpy(np.ascontiguousarray(cut(source.image(patch.case), patch, extent, 0.0))))
+                row.copy_(torch.from_numpy(cut(source.image(patch.case), patch, extent, 0.0)))
             return x
 
         y = torch.empty(len(request.labelled), *extent, dtype=torch.int64)
         for row, patch in zip(y, request.labelled, strict=True):
-            row.copy_(torch.from_numpy(np.ascontiguousarray(cut(source.label(patch.case), patch, extent, IGNORE))))
+            row.copy_(torch.from_numpy(cut(source.label(patch.case), patch, extent, IGNORE)))
         x_l, x_u = images(request.labelled), images(request.unlabelled)
         if self.sampler.spatial_dims == 2:
             return Batch(x_l.squeeze(2), y.squeeze(1), x_u.squeeze(2))

@@ -43,13 +43,14 @@ class Comparison:
     """Two masks of one class in one case, from which every metric is made.
 
     pred, ref: (D, H, W) or (H, W) bool, cropped to both. unknown: the voxels left out, None if there are none.
-    spacing: mm per voxel in the same order.
+    spacing: mm per voxel in the same order. voxel_ml: volume of a voxel.
     """
 
     pred: np.ndarray
     ref: np.ndarray
     unknown: np.ndarray | None
     spacing: Spacing
+    voxel_ml: float
     voxels: Voxels = field(init=False)
     _distances: tuple[np.ndarray, np.ndarray] | None = field(init=False, default=None, repr=False)
 
@@ -94,9 +95,14 @@ def compare_classes(
 ) -> tuple[Comparison, ...]:
     """Compare two label maps of uint8, (D, H, W) or (H, W): one Comparison for each class 1 .. num_classes - 1.
 
-    ref may hold IGNORE. Raises ValueError if shapes or spacing do not fit, or if a map holds a label that is no class.
+    ref may hold IGNORE. A volume of one slice is compared as that slice.
+    Raises ValueError if shapes or spacing do not fit, or if a map holds a label that is no class.
     """
     _check(pred, ref, spacing)
+    mm, voxel_ml = tuple(map(float, spacing)), float(np.prod(spacing)) / 1000
+    if pred.ndim == 3 and len(pred) == 1:
+        # with nothing above and below, all of it would be border and every distance too short
+        pred, ref, mm = pred[0], ref[0], mm[1:]
     window = _bounding_box(np.maximum(pred, ref))
     pred, ref = pred[window], ref[window]
     ignored = ref == IGNORE
@@ -110,7 +116,7 @@ def compare_classes(
     for index, found in enumerate(boxes, start=1):
         box = _joint([one for one in found if one])
         unknown = ignored[box] if has_ignored else None
-        comparisons.append(Comparison(pred[box] == index, ref[box] == index, unknown, tuple(map(float, spacing))))
+        comparisons.append(Comparison(pred[box] == index, ref[box] == index, unknown, mm, voxel_ml))
     return tuple(comparisons)
 
 
@@ -136,12 +142,12 @@ def recall(c: Comparison) -> float:
 
 def pred_ml(c: Comparison) -> float:
     """Volume of the prediction in ml, of a mask (D, H, W) with spacing in mm."""
-    return c.voxels.pred * float(np.prod(c.spacing)) / 1000
+    return c.voxels.pred * c.voxel_ml
 
 
 def ref_ml(c: Comparison) -> float:
     """Volume of the reference in ml, of a mask (D, H, W) with spacing in mm."""
-    return c.voxels.ref * float(np.prod(c.spacing)) / 1000
+    return c.voxels.ref * c.voxel_ml
 
 
 def hd95(c: Comparison) -> float:

@@ -54,6 +54,8 @@ class Protocol:
         for name in self.metrics:
             if name not in METRICS:
                 raise OptionError(f"protocol '{self.name}': no metric is called '{name}'. {suggest(name, METRICS)}")
+            if METRICS[name].kind == "volume" and self.spacing != "mm":
+                raise OptionError(f"protocol '{self.name}': {name} is in ml and needs spacing 'mm', not 'voxels'.")
 
     def unit(self, metric: str) -> str:
         """Of a metric's values: '%', 'mm', 'voxels', 'ml', or '' for a share of 1."""
@@ -97,7 +99,9 @@ class Protocol:
         if self.grid is not None:
             grid = f"both masks resized to {' x '.join(map(str, self.grid))} (D, H, W) by floor-index nearest neighbour"
         unit = "mm" if self.spacing == "mm" else "voxels, whatever their size in mm"
-        lines = [f"Protocol {self.name}: {grid}. {self.origin}".rstrip()]
+        lines = [f"Protocol {self.name}: {grid}."]
+        if self.origin:
+            lines.append(self.origin)
         if titles["overlap"]:
             lines.append(f"Overlaps ({titles['overlap']}): 0 to {100 if self.percent else 1}.")
         if titles["distance"]:
@@ -158,7 +162,7 @@ _DHC = Protocol(
     spacing="voxels",
     grid=(80, 160, 160),
     percent=True,
-    origin="As in the tables of DHC (MICCAI 2023): two empty masks count as Dice 1 of 100, that is almost nothing.",
+    origin="As in the tables of DHC (MICCAI 2023), whose predictions never left that grid.",
 )
 # The published scripts stop with an error when only the prediction has a class: they leave that rule to us.
 _SSL4MIS = Protocol(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from tailseg.evaluate.metrics import METRICS
@@ -36,10 +36,10 @@ _METHOD = (
 
 @dataclass(frozen=True)
 class MetricSummary:
-    """One metric of one class over cases, or of all classes. counted: values in the mean; left_out: by the protocol.
+    """One metric of one class over cases, or of all classes.
 
-    Over all classes, counted and left_out are classes. std: over cases with ddof=0, None over classes.
-    All numbers are NaN if nothing is counted.
+    counted: values in the mean; left_out: NaN, by the protocol or for want of a surface outside IGNORE. Over all classes,
+    both count classes. std: over cases with ddof=0, None over classes. All numbers are NaN if nothing is counted.
     """
 
     mean: float
@@ -66,6 +66,8 @@ class ClassSummary:
 
 @dataclass(frozen=True)
 class Summary:
+    """overall: metric -> mean over the classes."""
+
     scores: Scores
     classes: tuple[ClassSummary, ...]
     overall: dict[str, MetricSummary]
@@ -112,20 +114,21 @@ def write_summary(path: Path, summary: Summary) -> None:
     write_json(path, summary.to_dict())
 
 
-def summary_table(summary: Summary, metrics: Sequence[str] | None = None) -> Table:
+def summary_table(summary: Summary) -> Table:
     """For the terminal: classes in the order of the data set, the rarest marked, the protocol's rules beneath.
 
-    metrics: what to show of the protocol's; by default Dice and the surface metrics.
+    Shows Dice and the surface metrics; write_summary holds them all.
     """
     scores, protocol = summary.scores, summary.scores.protocol
-    shown = [name for name in metrics or _SHOWN if name in protocol.metrics]
+    shown = [name for name in _SHOWN if name in protocol.metrics]
     notes = [
         f"{len(scores.cases)} cases. Class: mean ± std (ddof=0) over cases; last row: mean and 95 % interval over cases.",
         "* among the rarest third of the classes, by voxels in the reference.",
     ]
     if scores.unmatched:
         notes.append(f"Predictions without a reference, not scored: {', '.join(scores.unmatched)}.")
-    table = Table(caption="\n".join([*notes, protocol.describe()]), caption_justify="left", box=SIMPLE_HEAD)
+    caption = escape("\n".join([*notes, protocol.describe()]))
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD)
     table.add_column("class", overflow="fold")
     table.add_column("missed\ninvented\nabsent", justify="right", no_wrap=True)
     for name in shown:
@@ -133,7 +136,7 @@ def summary_table(summary: Summary, metrics: Sequence[str] | None = None) -> Tab
     for one in summary.classes:
         counts = f"{one.missed}/{one.invented}/{one.absent}"
         cells = [_cell(one.metrics[name], 2 if protocol.unit(name) else 3) for name in shown]
-        table.add_row(one.name + " *" * one.rare, counts, *cells)
+        table.add_row(escape(one.name) + " *" * one.rare, counts, *cells)
     table.add_section()
     totals = "/".join(str(int(state.sum())) for state in (scores.missed, scores.invented, scores.absent))
     cells = [_cell(summary.overall[name], 2 if protocol.unit(name) else 3) for name in shown]

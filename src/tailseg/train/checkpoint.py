@@ -36,7 +36,7 @@ def load_checkpoint(path: Path, task: Task | None = None) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no TailSeg checkpoint: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} is damaged or no TailSeg checkpoint; train again or name another.") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of this version of TailSeg.")
     if task is not None:
