@@ -285,6 +285,15 @@ def _cases_of(run: TrainedRun, source: str | Path) -> Sequence[Case]:
     return find_cases(Path(source), run.task.in_channels)
 
 
+def _label_folder(reference: Path) -> Path:
+    return reference / "labelsTr" if (reference / "labelsTr").is_dir() else reference
+
+
+def unpredicted(predictions: Path, reference: Path) -> list[str]:
+    """Cases with a reference and no prediction: what evaluate() says nothing about."""
+    return sorted(find_label_files(_label_folder(reference)).keys() - find_label_files(predictions).keys())
+
+
 def evaluate(
     predictions: Path,
     reference: Path,
@@ -297,10 +306,10 @@ def evaluate(
     """Score every predicted label file against the reference of the same name, under each protocol.
 
     reference: a folder of label files, or a data set, whose labelsTr is taken. References without a prediction are not
-    scored; their number is part of no mean. Writes <protocol>.csv and <protocol>.json into output, default predictions.
+    scored; unpredicted() tells how many. Writes <protocol>.csv and <protocol>.json into output, default predictions.
     """
     rules = [protocol_named(name) for name in protocols]
-    folder = reference / "labelsTr" if (reference / "labelsTr").is_dir() else reference
+    folder = _label_folder(reference)
     cases = sorted(find_label_files(predictions))
     done: list[str] = []
 

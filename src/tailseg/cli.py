@@ -40,7 +40,9 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None, workers: Worker
 
     with _progress("preparing") as report:
         store, _, split = app.prepare(load_recipe(recipe, overrides or []), report, workers)
-    console.print(f"{len(store.cases)} cases prepared in {store.path}")
+    console.print(f"{len(split.training)} cases prepared in {store.path}")
+    for note in store.notes():
+        console.print(f"[yellow]note:[/yellow] {note}", highlight=False)
     console.print(
         f"split '{split.name}': {len(split.labelled)} labelled, {len(split.unlabelled)} unlabelled, "
         f"{len(split.val)} validation; {len(split.test)} test scans stay unread"
@@ -115,6 +117,8 @@ def evaluate(
         summaries = app.evaluate(predictions, reference, protocol or ["native"], out, workers=workers, report=report)
     for summary in summaries.values():
         console.print(summary_table(summary))
+    if left_out := app.unpredicted(predictions, reference):
+        console.print(f"{len(left_out)} references have no prediction and are not scored")
     console.print(f"per case and class: {out or predictions}/<protocol>.csv; summaries: <protocol>.json")
 
 

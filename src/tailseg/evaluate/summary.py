@@ -27,7 +27,7 @@ from tailseg.evaluate.statistics import (
 from tailseg.files import write_json
 
 ALL_CLASSES = "mean over classes"
-_SHOWN = ("dice", "nsd", "hd95", "assd", "asd")
+_SHOWN = ("dice", "nsd", "hd95", "asd")  # what fits 80 columns beside long names
 _METHOD = (
     "mean and std (ddof=0) over the cases that the protocol counts; interval: 95 % BCa bootstrap over cases "
     f"({RESAMPLES} resamples, seed 0); mean over classes: of the class means, resampling cases with all their classes."
@@ -117,7 +117,7 @@ def write_summary(path: Path, summary: Summary) -> None:
 def summary_table(summary: Summary) -> Table:
     """For the terminal: classes in the order of the data set, the rarest marked, the protocol's rules beneath.
 
-    Shows Dice and the surface metrics; write_summary holds them all.
+    Shows Dice and some surface metrics; write_summary holds them all.
     """
     scores, protocol = summary.scores, summary.scores.protocol
     shown = [name for name in _SHOWN if name in protocol.metrics]
@@ -128,8 +128,8 @@ def summary_table(summary: Summary) -> Table:
     if scores.unmatched:
         notes.append(f"Predictions without a reference, not scored: {', '.join(scores.unmatched)}.")
     caption = escape("\n".join([*notes, protocol.describe()]))
-    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD)
-    table.add_column("class", overflow="fold")
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.add_column("class", no_wrap=True)
     table.add_column("missed\ninvented\nabsent", justify="right", no_wrap=True)
     for name in shown:
         table.add_column("\n".join((METRICS[name].title, protocol.unit(name))), justify="right", no_wrap=True)

@@ -80,8 +80,8 @@ class Conv3d(nn.Conv3d):
 class Dropout(nn.Dropout):
     """nn.Dropout with a cheaper mask on a CPU, where torch draws one Bernoulli number after the other.
 
-    There p is cut to a multiple of 2^-16, so that one draw of 64 bits decides on four elements; a U-Net's step on 24
-    slices of 256x256 becomes a seventh shorter.
+    There p is cut to a multiple of 2^-16, so that one draw of 64 bits decides on four elements. It saves 7 % of the CPU
+    time of a U-Net's step, and more of the wall time: neither torch's draws nor these use a second thread.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,0 +1,135 @@
+"""The command line from a folder to scores, and what a person reads when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import yaml
+from tiny import make_tiny, tiny_recipe
+
+from tailseg import cli
+
+nib: Any = nibabel  # its stubs name neither load nor save
+
+
+def run(*arguments: object) -> int:
+    """Call the command in this process; returns its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tailseg", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe(make_tiny(tmp_path / "tiny"), "cps", epochs=1)))
+    return path
+
+
+def test_prepare_train_predict_evaluate(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out, predictions = tmp_path / "run", tmp_path / "predictions"
+    assert run("prepare", recipe, "--workers", 1) == 0
+    assert "6 cases prepared" in capsys.readouterr().out
+    assert run("train", recipe, "seed=3", "--out", out, "--workers", 1) == 0
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["seed"] == 3
+    assert run("predict", out, "test", predictions) == 0
+    assert json.loads((predictions / "labels.json").read_text())["labels"] == {"background": 0, "box": 1, "core": 2}
+    capsys.readouterr()
+    assert run("evaluate", predictions, tmp_path / "tiny", "--protocol", "native", "--protocol", "dhc-p23") == 0
+    shown = capsys.readouterr().out
+    assert "4 references have no prediction and are not scored" in " ".join(shown.split())
+    assert {path.name for path in predictions.iterdir()} == {
+        *("t.nii.gz", "labels.json", "native.csv", "native.json", "dhc-p23.csv", "dhc-p23.json")
+    }
+
+
+def test_predictions_lie_on_the_scans_own_oblique_and_flipped_grid(recipe: Path, tmp_path: Path):
+    assert run("train", recipe, "--out", tmp_path / "run", "--workers", 1) == 0
+    scan = nib.load(tmp_path / "tiny" / "imagesTr" / "t_0000.nii.gz")
+    turn = np.array([[0.0, -0.96, 0.28, 5.0], [1.9, 0.0, 0.0, -7.0], [0.0, 0.56, 1.92, 3.0], [0, 0, 0, 1]])
+    turned = nib.Nifti1Image(np.asarray(scan.dataobj)[::-1], turn)
+    nib.save(turned, tmp_path / "one_0000.nii.gz")
+    assert run("predict", tmp_path / "run", tmp_path / "one_0000.nii.gz", tmp_path / "out", "--probabilities") == 0
+    predicted = nib.load(tmp_path / "out" / "one.nii.gz")
+    assert predicted.shape == turned.shape
+    np.testing.assert_allclose(predicted.affine, turn, atol=1e-5)
+    with np.load(tmp_path / "out" / "one_probs.npz") as file:
+        probs = file["probs"]
+    assert probs.shape == (3, *turned.shape[::-1])
+    np.testing.assert_allclose(probs.astype(np.float32).sum(0), 1, atol=5e-3)
+
+
+def test_several_channels_go_all_the_way(tmp_path: Path):
+    tree = tiny_recipe(make_tiny(tmp_path / "tiny", channels=3), "dhc", spatial_dims=2, epochs=1)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    assert run("train", tmp_path / "recipe.yaml", "--out", tmp_path / "run", "--workers", 1) == 0
+    source = tmp_path / "tiny" / "imagesTr"
+    assert run("predict", tmp_path / "run", source, tmp_path / "out", "--checkpoint", "last") == 0
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.yaml"], "No recipe at nowhere.yaml"),
+        (["train", "{recipe}", "method=dch"], "No method is called 'dch'. Did you mean 'dhc'?"),
+        (["train", "{recipe}", "data.split=tidy"], "Did you mean 'tiny'?"),
+        (["train", "{recipe}", "data.patch_size=[64,64,64]"], "data.patch_size (64, 64, 64) exceeds case"),
+        (["train", "{recipe}", "data.patch_size=[12,16,16]"], "must be multiples of 16"),
+        (["train", "{recipe}", "train.device=tpu9"], "train.device 'tpu9'"),
+        (["train", "{recipe}", "--resume", "--out", "nowhere"], "holds no last.pt to resume from"),
+        (["predict", "nowhere", "test", "out"], "No run at nowhere"),
+        (["evaluate", "nowhere", "{tiny}"], "nowhere"),
+        (["evaluate", "{tiny}/labelsTr", "{tiny}", "--protocol", "nativ"], "Did you mean 'native'?"),
+        (["list", "method"], "Did you mean 'methods'?"),
+        (["show", "dch"], "Did you mean 'dhc'?"),
+        (["trian"], "No such command 'trian'"),
+    ],
+)
+def test_errors_are_short_and_name_the_way_out(
+    arguments: list[str], message: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    filled = [part.format(recipe=recipe, tiny=tmp_path / "tiny") for part in arguments]
+    if filled[0] == "train" and "--out" not in filled:
+        filled += ["--out", str(tmp_path / "run"), "--workers", "1"]
+    code = run(*filled)
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and "Traceback" not in error
+    assert len(error.strip().splitlines()) <= 3
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+def test_debug_shows_the_traceback(recipe: Path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tailseg", "train", str(recipe), "method=dch", "--debug"])
+        with pytest.raises(ValueError, match="Did you mean 'dhc'"):
+            cli.main()
+
+
+def test_list_and_show_name_everything(recipe: Path, capsys: pytest.CaptureFixture[str]):
+    assert run("list") == 0
+    shown = capsys.readouterr().out
+    for name in ("dhc", "cps", "supervised", "vnet", "unet", "dist", "diff", "dhc-p23", "native"):
+        assert name in shown
+    assert run("show", "dhc") == 0
+    assert "method.cps_weight" in capsys.readouterr().out
+    assert run("show", recipe, "train.lr=0.5") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["lr"] == 0.5
+
+
+def test_help_comes_without_torch():
+    code = (
+        "import sys; sys.argv = ['tailseg', '--help']; import tailseg.cli as c\ntry: c.main()\nexcept SystemExit: pass"
+    )
+    check = f"{code}\nassert not {{'torch', 'scipy', 'nibabel', 'numpy'}} & set(sys.modules), 'too much is imported'"
+    subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
