@@ -9,8 +9,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from tailseg.options import suggest
-
 cli = typer.Typer(
     name="tailseg",
     help="Semi-supervised, class-imbalanced segmentation of medical images, from a folder to scored predictions.",
@@ -127,12 +125,20 @@ def list_(
     kind: Annotated[str | None, typer.Argument(help=f"one of {', '.join(KINDS)}")] = None, debug: Debug = False
 ) -> None:
     """What there is to choose from."""
+    from rich.table import Table
+
+    from tailseg.options import suggest
+
     if kind is not None and kind not in KINDS:
         raise typer.BadParameter(f"nothing is listed under '{kind}'. {suggest(kind, KINDS)}")
     for each in KINDS if kind is None else (kind,):
         console.print(f"[bold]{each}[/bold]")
+        rows = Table.grid(padding=(0, 2), expand=True)
+        rows.add_column(style="cyan", no_wrap=True)
+        rows.add_column(ratio=1)
         for name, text in _listing(each).items():
-            console.print(f"  [cyan]{name:<16}[/cyan] {text}", highlight=False)
+            rows.add_row(f"  {name}", text if kind else text.splitlines()[0])
+        console.print(rows)
 
 
 def _listing(kind: str) -> dict[str, str]:
@@ -146,12 +152,9 @@ def _listing(kind: str) -> dict[str, str]:
 
         return {name: (weighter.__doc__ or "").splitlines()[0] for name, weighter in WEIGHTERS.items()}
     if kind == "preparations":
-        import yaml
-
         from tailseg.data.prepare import PREPARATIONS
 
-        keys = {name: each.model_dump(mode="json", exclude_defaults=True) for name, each in PREPARATIONS.items()}
-        return {name: yaml.safe_dump(tree, default_flow_style=True, width=999).strip() for name, tree in keys.items()}
+        return {name: preparation.describe() for name, preparation in PREPARATIONS.items()}
     from tailseg.evaluate.protocols import PROTOCOLS
 
     return {name: protocol.describe() for name, protocol in PROTOCOLS.items()}
@@ -167,7 +170,7 @@ def show(
     from rich.syntax import Syntax
 
     from tailseg.components import builtin_names
-    from tailseg.options import OptionError
+    from tailseg.options import OptionError, suggest
     from tailseg.recipe import load_recipe
 
     path = Path(what) / "recipe.yaml" if Path(what).is_dir() else Path(what)

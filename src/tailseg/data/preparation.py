@@ -60,6 +60,21 @@ class Preparation(BaseModel):
             raise ValueError("a preparation has a spacing or a grid, not both; set one of them to null")
         return self
 
+    def describe(self) -> str:
+        """In a few words, in the order of what happens."""
+        steps = ["turned to RAS+" if self.orientation == "canonical" else "axes as stored"]
+        if self.crop:
+            steps.append(f"cropped to what is above {self.crop.threshold:g}, {self.crop.margin:g} mm around it")
+        if target := self.grid or self.spacing:
+            sides = " x ".join("own" if side is None else f"{side:g}" for side in target)
+            unit = "voxels" if self.grid else "mm"
+            how = f"{self.image_interpolation} image, {self.label_interpolation} label"
+            steps.append(f"resampled to {sides} {unit} ({how})")
+        options = self.intensity.model_dump(exclude={"name"})
+        told = ", ".join(f"{key} {value}" for key, value in options.items())
+        steps.append(self.intensity.name + (f" ({told})" if told else ""))
+        return "; ".join(steps)
+
     def target_shape(self, shape: Shape, spacing: Spacing) -> Shape:
         """Voxels (D, H, W) after resampling of a scan that has this shape and spacing after orientation and crop."""
         if self.grid is not None:

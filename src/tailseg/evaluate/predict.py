@@ -63,7 +63,7 @@ class Predictor:
 
     def _predict(self, x: Tensor) -> Tensor:
         with torch.inference_mode(), self.runtime.autocast():
-            x = x.contiguous(memory_format=self.runtime.memory_format(self.method.task.spatial_dims))
+            x = x.contiguous(memory_format=self.runtime.memory_format(x.dim() - 2))
             return self.method.predict(x)
 
 

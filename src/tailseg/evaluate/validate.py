@@ -49,7 +49,7 @@ class Validator:
 
         def predict(x: Tensor) -> Tensor:
             with self.runtime.autocast():
-                x = x.contiguous(memory_format=self.runtime.memory_format(method.task.spatial_dims))
+                x = x.contiguous(memory_format=self.runtime.memory_format(x.dim() - 2))
                 return method.predict(x)
 
         counts = torch.zeros(2, num_classes, dtype=torch.int64, device=self.runtime.device)
