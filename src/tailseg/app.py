@@ -139,12 +139,13 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, report: Report 
 
 
 def steps_per_epoch(recipe: Recipe, split: Split) -> int:
-    """An epoch passes once over the unlabelled cases, also for methods that do not look at them: equal budgets."""
+    """An epoch passes once over the unlabelled cases. A batch without unlabelled patches counts as if half of it were, so
+    that the labelled-only reference takes as many steps as the methods it is held against."""
     if recipe.train.steps_per_epoch:
         return recipe.train.steps_per_epoch
     labelled, unlabelled = recipe.data.batch
     if split.unlabelled:
-        return -(-len(split.unlabelled) // (unlabelled or 2))
+        return -(-len(split.unlabelled) // (unlabelled or max(labelled // 2, 1)))
     return -(-len(split.labelled) // labelled)
 
 

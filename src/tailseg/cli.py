@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,7 +67,8 @@ def train(
     folder = out or Path("runs") / recipe.parent.name / f"{recipe.stem}_seed{loaded.seed}"
     with _progress("preparing") as report:
         run = app.train(loaded, folder, resume=resume, report=report, workers=workers)
-    console.print(f"run: {run}\npredict with: tailseg predict {run} test {run / 'predictions'}")
+    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
+        console.print(f"run: {run}\npredict with: tailseg predict {run} test {run / 'predictions'}")
 
 
 @cli.command()

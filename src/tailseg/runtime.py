@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -74,6 +75,8 @@ class Runtime:
         """The door to call: the method itself, or DDP around it. Trackers and buffers synchronise themselves."""
         if self.ranks == 1:
             return method
+        # a 1x1 kernel has one memory in two layouts; DDP then copies instead of sharing it, and says so on every process
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(method, device_ids=devices, broadcast_buffers=False)
 

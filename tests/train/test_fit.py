@@ -13,6 +13,7 @@ from tiny import make_tiny, tiny_recipe
 
 from tailseg import app
 from tailseg.core import Progress
+from tailseg.data.splits import Split
 from tailseg.recipe import Recipe, load_recipe
 from tailseg.train.checkpoint import load_checkpoint
 from tailseg.train.fit import NonFiniteLoss, Trainer, TrainOptions, learning_rate
@@ -119,3 +120,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatc
         app.train(load_recipe(run / "recipe.yaml", ["train.epochs=2"]), run, resume=True)
     assert (run / "last.pt").read_bytes() == before
     assert not list(run.glob(".*tmp*"))
+
+
+@pytest.mark.parametrize(
+    ("batch", "unlabelled", "steps"), [((2, 2), 16, 8), ((4, 0), 16, 8), ((12, 12), 134, 12), ((2, 2), 0, 1)]
+)
+def test_labelled_only_runs_take_as_many_steps(batch: tuple[int, int], unlabelled: int, steps: int, tmp_path: Path):
+    tree = tiny_recipe(tmp_path, steps_per_epoch=None)
+    tree["data"]["batch"] = list(batch)
+    split = Split("s", ("a", "b"), tuple(f"u{index}" for index in range(unlabelled)))
+    assert app.steps_per_epoch(load_recipe(tree), split) == steps
