@@ -3,8 +3,8 @@
     python benchmarks/compare.py synapse_mini      five runs of about ten minutes on two cores
     python benchmarks/compare.py acdc_mini         the same methods in 2D
 
-Needs TAILSEG_DATA. Runs lie in runs/benchmarks/<name>; what is finished there is not trained again, what was stopped goes
-on. Writes benchmarks/results/<name>.md, <name>.json and <name>_curves.svg.
+Needs TAILSEG_DATA. Runs lie in runs/benchmarks/<name>; what is finished there is not done again, what was stopped goes on.
+Writes benchmarks/results/<name>.md and <name>_curves.svg.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tailseg import app
-from tailseg.evaluate.summary import Summary
+from tailseg.evaluate.scores import read_scores
+from tailseg.evaluate.summary import Summary, summarise
 from tailseg.recipe import load_recipe
 from tailseg.train.checkpoint import load_checkpoint
 from tailseg.train.metrics_log import read_metrics
@@ -94,8 +95,11 @@ def run(entry: Entry, folder: Path) -> Result:
     summaries = {}
     for checkpoint in CHECKPOINTS:
         predictions = folder / f"predictions_{checkpoint}"
-        app.predict(folder, "test", predictions, checkpoint=checkpoint)
-        summaries[checkpoint] = app.evaluate(predictions, recipe.data.root, recipe.evaluate.protocols)
+        tables = {name: predictions / f"{name}.csv" for name in recipe.evaluate.protocols}
+        if not all(table.exists() for table in tables.values()):
+            app.predict(folder, "test", predictions, checkpoint=checkpoint)
+            app.evaluate(predictions, recipe.data.root, recipe.evaluate.protocols)
+        summaries[checkpoint] = {name: summarise(read_scores(table)) for name, table in tables.items()}
     return Result(entry, folder, summaries)
 
 
@@ -141,7 +145,7 @@ def report(name: str, results: Sequence[Result]) -> str:
     lines = [
         f"# {name}: split {recipe.data.split}, seed {recipe.seed}",
         "",
-        f"Made by `python benchmarks/compare.py {name}` on {machine()}.",
+        f"Made by `python benchmarks/compare.py {name}` on {machine()}; the runs at the commits below.",
         "One run per row and few test cases: differences within the intervals mean nothing.",
         "",
         "| run | recipe | steps | best step | wall min | CPU min | peak memory MiB | commit |",
