@@ -55,8 +55,9 @@ def losses(run: Path) -> list[dict[str, float]]:
     return [line["losses"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"]
 
 
-@pytest.mark.parametrize("name", builtin_names("methods"))
-@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize(
+    ("name", "norm"), [*((name, "instance") for name in builtin_names("methods")), ("dhc", "batch")]
+)
 def test_two_ranks_follow_one(name: str, norm: str, tmp_path: Path):
     tree = tiny_recipe(make_tiny(tmp_path / "tiny"), name, epochs=1, log_every=1, lr=0.0005)
     tree["network"] |= {"norm": norm, "dropout": 0.0, "width": 4}
