@@ -185,12 +185,12 @@ def _check_patch_size(recipe: Recipe, task: Task) -> None:
 
 def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
     """Refuse to overwrite a run, or to go on with another one."""
-    saved = folder / "recipe.yaml"
+    saved, last = folder / "recipe.yaml", folder / "last.pt"
     if not resume:
-        if saved.exists():
+        if last.exists():  # a run killed before its first checkpoint has nothing to lose
             raise OptionError(f"{folder} holds a run already; add --resume to go on with it, or choose another --out.")
         return
-    if not (folder / "last.pt").exists():
+    if not last.exists():
         raise OptionError(f"{folder} holds no last.pt to resume from; train without --resume.")
     changed = _differences(load_recipe(saved).to_dict(), recipe.to_dict()) - MAY_CHANGE_ON_RESUME
     if changed:

@@ -94,6 +94,13 @@ def test_a_run_is_never_overwritten(run: Path):
         app.train(load_recipe(run / "recipe.yaml"), run)
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_again(run: Path):
+    (run / "last.pt").unlink()
+    app.train(load_recipe(run / "recipe.yaml"), run)
+    assert load_checkpoint(run / "last.pt")["step"] == 4
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [4, 4]
+
+
 def test_nothing_to_resume_is_said(tmp_path: Path):
     recipe = load_recipe(tiny_recipe(make_tiny(tmp_path / "tiny"), "supervised"))
     with pytest.raises(OptionError, match=r"holds no last\.pt to resume from"):
