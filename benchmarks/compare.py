@@ -216,6 +216,7 @@ def main() -> None:
     if arguments.only is not None:
         return
     folder = ROOT / "benchmarks" / "results"
+    folder.mkdir(exist_ok=True)
     draw_curves(results, folder / f"{name}_curves.svg")
     (folder / f"{name}.md").write_text(report(name, results), encoding="utf-8")
     print((folder / f"{name}.md").read_text())

@@ -179,6 +179,13 @@ PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         _NATIVE,
+        replace(
+            _NATIVE,
+            name="native-voxels",
+            metrics=tuple(name for name in _NATIVE.metrics if METRICS[name].kind != "volume"),
+            spacing="voxels",
+            origin="As native, for scans whose headers do not say how large a voxel is.",
+        ),
         _DHC,
         replace(
             _DHC,
