@@ -150,7 +150,7 @@ def resize_nearest(labels: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 _NATIVE = Protocol(
     name="native",
-    metrics=("dice", "iou", "precision", "recall", "nsd", "hd95", "assd", "pred_ml", "ref_ml"),
+    metrics=("dice", "iou", "precision", "recall", "nsd", "hd95", "assd", "asd", "pred_ml", "ref_ml"),
     overlap=EmptyRule(missed=0.0, invented=0.0, absent="exclude"),
     distance=EmptyRule(missed="diagonal", invented="diagonal", absent="exclude"),
 )

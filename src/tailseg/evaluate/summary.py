@@ -27,7 +27,7 @@ from tailseg.evaluate.statistics import (
 from tailseg.files import write_json
 
 ALL_CLASSES = "mean over classes"
-_SHOWN = ("dice", "nsd", "hd95", "asd")  # what fits 80 columns beside long names
+_SHOWN = ("dice", "nsd", "hd95", "asd")  # the first three that there are fit 80 columns beside long names
 _METHOD = (
     "mean and std (ddof=0) over the cases that the protocol counts; interval: 95 % BCa bootstrap over cases "
     f"({RESAMPLES} resamples, seed 0); mean over classes: of the class means, resampling cases with all their classes."
@@ -120,7 +120,7 @@ def summary_table(summary: Summary) -> Table:
     Shows Dice and some surface metrics; write_summary holds them all.
     """
     scores, protocol = summary.scores, summary.scores.protocol
-    shown = [name for name in _SHOWN if name in protocol.metrics]
+    shown = [name for name in _SHOWN if name in protocol.metrics][:3]
     notes = [
         f"{len(scores.cases)} cases. Class: mean ± std (ddof=0) over cases; last row: mean and 95 % interval over cases.",
         "* among the rarest third of the classes, by voxels in the reference.",
