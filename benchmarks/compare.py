@@ -1,6 +1,6 @@
 """Train several recipes one after the other, score their test predictions, and write one table per protocol.
 
-    python benchmarks/compare.py synapse_mini      five runs of about ten minutes on two cores
+    python benchmarks/compare.py synapse_mini      five runs, of which a DHC run takes about 15 minutes on two cores
     python benchmarks/compare.py acdc_mini         the same methods in 2D
 
 Needs TAILSEG_DATA. Runs lie in runs/benchmarks/<name>; what is finished there is not done again, what was stopped goes on.
@@ -140,13 +140,14 @@ def table(results: Sequence[Result], checkpoint: str, protocol: str) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def report(name: str, results: Sequence[Result]) -> str:
+def report(name: str, results: Sequence[Result], note: str) -> str:
     recipe = load_recipe(ROOT / results[0].entry.recipe, results[0].entry.overrides)
     lines = [
         f"# {name}: split {recipe.data.split}, seed {recipe.seed}",
         "",
         f"Made by `python benchmarks/compare.py {name}` on {machine()}; the runs at the commits below.",
         "One run per row and few test cases: differences within the intervals mean nothing.",
+        *([note] if note else []),
         "",
         "| run | recipe | steps | best step | wall min | CPU min | peak memory MiB | commit |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
@@ -206,6 +207,7 @@ def main() -> None:
     parser.add_argument("comparison", choices=COMPARISONS)
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"), help="folder for the runs")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="train and score these rows alone, write no table")
+    parser.add_argument("--note", default="", help="a sentence for the page on how the runs were made")
     arguments = parser.parse_args()
     name = arguments.comparison
     results = []
@@ -218,7 +220,7 @@ def main() -> None:
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(exist_ok=True)
     draw_curves(results, folder / f"{name}_curves.svg")
-    (folder / f"{name}.md").write_text(report(name, results), encoding="utf-8")
+    (folder / f"{name}.md").write_text(report(name, results, arguments.note), encoding="utf-8")
     print((folder / f"{name}.md").read_text())
 
 
