@@ -43,7 +43,7 @@ def run_demo(out: Path, console: Console) -> None:
     console.print(f"{len(dataset.cases)} scans in {data}, {labelled} of them with a label file")
     console.rule("2. Prepare and train DHC on labelled and unlabelled scans")
     recipe = load_recipe(demo_recipe(data, out / "stores"))
-    app.train(recipe, run)
+    app.train(recipe, run, resume=(run / "last.pt").exists())  # a second call goes on, or finds it done
     console.rule("3. Predict the test scans, which training could not read")
     app.predict(run, "test", predictions)
     console.rule("4. Score them on their own grid")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,16 @@ def test_another_recipe_is_refused_by_key(run: Path):
 def test_a_run_is_never_overwritten(run: Path):
     with pytest.raises(OptionError, match="holds a run already; add --resume"):
         app.train(load_recipe(run / "recipe.yaml"), run)
+
+
+def test_a_split_that_changed_is_refused(run: Path):
+    recipe = load_recipe(run / "recipe.yaml", ["train.epochs=2"])
+    path = recipe.data.root / "splits.json"
+    splits = json.loads(path.read_text())
+    splits["tiny"]["test"], splits["tiny"]["val"] = ["v1"], ["v2", "t"]
+    path.write_text(json.dumps(splits))
+    with pytest.raises(CheckpointError, match="was trained on other cases: the split has changed"):
+        app.train(recipe, run, resume=True)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(run: Path):

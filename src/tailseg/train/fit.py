@@ -18,7 +18,13 @@ from tailseg.core import Batch, Method, Progress, Unit
 from tailseg.data.augment import Augment
 from tailseg.data.stream import PatchBatchRequest, PatchStream
 from tailseg.runtime import Runtime, RuntimeOptions, average_batch_norm
-from tailseg.train.checkpoint import all_random_states, load_checkpoint, restore_random_state, save_checkpoint
+from tailseg.train.checkpoint import (
+    CheckpointError,
+    all_random_states,
+    load_checkpoint,
+    restore_random_state,
+    save_checkpoint,
+)
 from tailseg.train.watch import Watch
 
 
@@ -125,6 +131,10 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint of this task, bit for bit. Raises CheckpointError when it is not one."""
         state = load_checkpoint(path, self.method.task)
+        if state["split"] != self.meta["split"]:
+            raise CheckpointError(
+                f"{path} was trained on other cases: the split has changed since. Restore the split file, or start a run anew."
+            )
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
