@@ -87,6 +87,8 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, report: Report 
         _check_patch_size(recipe, task)
         build = make_build(recipe.network.name, recipe.network.options, task)
         method = make_method(recipe.method.name, recipe.method.options, task, build)
+        labelled, unlabelled = (count // runtime.ranks for count in recipe.data.batch)
+        method.check_batch(labelled, unlabelled if split.unlabelled else 0, recipe.data.patch_size)
         sampler = PatchSampler(
             training,
             {case: training.shape(case) for case in split.training},

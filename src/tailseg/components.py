@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["methods", "networks"]
 _HELPERS = {"layers"}  # modules beside the networks that are none themselves
-_SET_BY_METHOD = ("init", "num_decoders")  # keyword arguments of a network that are not the recipe's to choose
+_SET_BY_METHOD = ("init", "num_decoders", "pyramid")  # keyword arguments of a network that are not the recipe's to choose
 
 
 def _folder(kind: Kind) -> Path:
@@ -89,7 +89,12 @@ def make_build(name: str, options: dict[str, Any], task: Task) -> BuildNetwork:
     checked = check_component("networks", name, options)
 
     def build(
-        *, init: Init = "default", num_decoders: int = 1, in_channels: int | None = None, num_classes: int | None = None
+        *,
+        init: Init = "default",
+        num_decoders: int = 1,
+        in_channels: int | None = None,
+        num_classes: int | None = None,
+        pyramid: bool = False,
     ) -> SegNet:
         return network(
             in_channels or task.in_channels,
@@ -97,6 +102,7 @@ def make_build(name: str, options: dict[str, Any], task: Task) -> BuildNetwork:
             task.spatial_dims,
             init=init,
             num_decoders=num_decoders,
+            pyramid=pyramid,
             **checked,
         )
 

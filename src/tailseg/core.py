@@ -106,8 +106,8 @@ class StepOutput:
 
 
 class SegOutput(NamedTuple):
-    """What a decoder returns. embedding: (B, E, *S) features before the last convolution. pyramid: coarser logits,
-    finest first, of decoders with deep supervision."""
+    """What a decoder returns. embedding: (B, E, *S) features before the last convolution. pyramid: logits (B, K, *S / 2),
+    (B, K, *S / 4), ... of networks built with pyramid=True, finest first."""
 
     logits: Tensor  # (B, K, *S)
     embedding: Tensor
@@ -117,24 +117,39 @@ class SegOutput(NamedTuple):
 class SegNet(nn.Module):
     """An encoder and one or more decoders.
 
-    encoder: x -> list of features, finest first. decoders: features -> SegOutput.
-    size_divisor: every spatial side of x must be a multiple of it.
+    encoder: x -> list of features, finest first. decoders: features -> SegOutput; the submodule `head` of each makes logits
+    of an embedding. size_divisor: every spatial side of x must be a multiple of it. feature_channels: of the encoder's
+    features, finest first. embedding_channels: E of SegOutput.embedding.
     """
 
-    def __init__(self, encoder: nn.Module, decoders: nn.ModuleList, size_divisor: int) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoders: nn.ModuleList,
+        *,
+        size_divisor: int,
+        feature_channels: tuple[int, ...],
+        embedding_channels: int,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoders = decoders
         self.size_divisor = size_divisor
+        self.feature_channels = feature_channels
+        self.embedding_channels = embedding_channels
 
     def forward(self, x: Tensor) -> SegOutput:
         return self.decoders[0](self.encoder(x))
+
+    def head(self, embedding: Tensor) -> Tensor:
+        """Logits (B, K, *S) of an embedding (B, E, *S) that a method has changed on its way."""
+        return self.decoders[0].head(embedding)  # pyright: ignore[reportCallIssue]
 
 
 class BuildNetwork(Protocol):
     """Makes a fresh network for the task; the recipe chose its name and options, the method says what it needs of it.
 
-    num_classes: None means the task's.
+    num_classes: None means the task's. pyramid: heads on the coarser stages of the decoder too (deep supervision).
     """
 
     def __call__(
@@ -144,6 +159,7 @@ class BuildNetwork(Protocol):
         num_decoders: int = 1,
         in_channels: int | None = None,
         num_classes: int | None = None,
+        pyramid: bool = False,
     ) -> SegNet: ...
 
 
@@ -157,6 +173,10 @@ class Method(nn.Module, ABC):
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.task = task
+
+    def check_batch(self, labelled: int, unlabelled: int, patch_size: tuple[int, ...]) -> None:
+        """Raises ValueError where no step can be made of so many patches (of one process) of this size. The text names
+        data.batch or data.patch_size, the rule and the way out. Default: anything goes."""
 
     @abstractmethod
     def step(self, batch: Batch, progress: Progress) -> StepOutput:

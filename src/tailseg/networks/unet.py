@@ -21,7 +21,8 @@ _DROPOUT_SHARES = (0.1, 0.2, 0.4, 0.6, 1.0)  # of the deepest block's dropout, f
 
 
 class UNet(SegNet):
-    """dropout: of the deepest block, 0 for none. num_decoders: on one encoder, sharing no weight."""
+    """dropout: of the deepest block, 0 for none. num_decoders: on one encoder, sharing no weight. pyramid: heads on
+    the coarser stages of the decoder too."""
 
     def __init__(
         self,
@@ -33,14 +34,17 @@ class UNet(SegNet):
         norm: Norm = "batch",
         dropout: float = 0.5,
         num_decoders: int = 1,
+        pyramid: bool = False,
         init: Init = "default",
     ) -> None:
         check_options(width, dropout, num_decoders)
         layers = Layers(spatial_dims, norm, negative_slope=0.01)
         super().__init__(
             UNetEncoder(in_channels, layers, width, dropout),
-            nn.ModuleList(UNetDecoder(num_classes, layers, width) for _ in range(num_decoders)),
-            _SIZE_DIVISOR,
+            nn.ModuleList(UNetDecoder(num_classes, layers, width, pyramid) for _ in range(num_decoders)),
+            size_divisor=_SIZE_DIVISOR,
+            feature_channels=tuple(width * 2**i for i in range(len(_DROPOUT_SHARES))),
+            embedding_channels=width,
         )
         init_convs(self, init)
 
@@ -68,19 +72,24 @@ class UNetEncoder(nn.Module):
 class UNetDecoder(nn.Module):
     """Features -> logits. The embedding (B, width, *S) is what the last block made, before the head."""
 
-    def __init__(self, num_classes: int, layers: Layers, width: int) -> None:
+    def __init__(self, num_classes: int, layers: Layers, width: int, pyramid: bool) -> None:
         super().__init__()
         channels = [width * 2**i for i in range(len(_DROPOUT_SHARES) - 1)]
         # 1x1 first, so that the interpolation moves half as many channels
         self.ups = nn.ModuleList(nn.Sequential(layers.conv(2 * c, c, 1), layers.upsample()) for c in channels)
         self.blocks = nn.ModuleList(_block(layers, 2 * c, c, dropout=0.0) for c in channels)
         self.head = layers.conv(width, num_classes, 3)
+        self.coarse_heads = nn.ModuleList(layers.conv(c, num_classes, 3) for c in channels[1:] if pyramid)
 
     def forward(self, features: list[Tensor]) -> SegOutput:
         *skips, x = features
+        made: list[Tensor] = []  # coarsest first
         for up, block, skip in zip(reversed(self.ups), reversed(self.blocks), reversed(skips), strict=True):
             x = block(torch.cat([skip, up(x)], 1))
-        return SegOutput(self.head(x), embedding=x)
+            made.append(x)
+        coarse = made[-2::-1]  # finest first, without the embedding
+        pyramid = tuple(head(map_) for head, map_ in zip(self.coarse_heads, coarse, strict=False))
+        return SegOutput(self.head(x), x, pyramid)
 
 
 def _block(layers: Layers, c_in: int, c_out: int, dropout: float) -> nn.Sequential:

@@ -22,7 +22,8 @@ _DECODER_CONVS = (1, 2, 3, 3)
 
 
 class VNet(SegNet):
-    """dropout: probability of dropping a channel, 0 for none. num_decoders: on one encoder, sharing no weight."""
+    """dropout: probability of dropping a channel, 0 for none. num_decoders: on one encoder, sharing no weight. pyramid: heads
+    on the coarser stages of the decoder too; no paper gives the V-Net such heads, they are ours."""
 
     def __init__(
         self,
@@ -34,14 +35,17 @@ class VNet(SegNet):
         norm: Norm = "batch",
         dropout: float = 0.5,
         num_decoders: int = 1,
+        pyramid: bool = False,
         init: Init = "default",
     ) -> None:
         check_options(width, dropout, num_decoders)
         layers = Layers(spatial_dims, norm)
         super().__init__(
             VNetEncoder(in_channels, layers, width, dropout),
-            nn.ModuleList(VNetDecoder(num_classes, layers, width, dropout) for _ in range(num_decoders)),
-            _SIZE_DIVISOR,
+            nn.ModuleList(VNetDecoder(num_classes, layers, width, dropout, pyramid) for _ in range(num_decoders)),
+            size_divisor=_SIZE_DIVISOR,
+            feature_channels=tuple(width * 2**i for i in range(len(_ENCODER_CONVS))),
+            embedding_channels=width,
         )
         init_convs(self, init)
 
@@ -70,21 +74,25 @@ class VNetEncoder(nn.Module):
 
 
 class VNetDecoder(nn.Module):
-    """Features -> logits. The embedding (B, width, *S) is what the last stage made, before dropout and head."""
+    """Features -> logits. The embedding (B, width, *S) is what the last stage made; the head drops channels of it first."""
 
-    def __init__(self, num_classes: int, layers: Layers, width: int, dropout: float) -> None:
+    def __init__(self, num_classes: int, layers: Layers, width: int, dropout: float, pyramid: bool) -> None:
         super().__init__()
         channels = [width * 2**i for i in range(len(_DECODER_CONVS))]
         self.ups = nn.ModuleList(nn.Sequential(layers.up_conv(2 * c, c), *layers.norm_act(c)) for c in channels)
         self.stages = nn.ModuleList(map(_stage, [layers] * len(channels), channels, channels, _DECODER_CONVS))
-        self.dropout = layers.channel_dropout(dropout)
-        self.head = layers.conv(width, num_classes, 1)
+        self.head = nn.Sequential(layers.channel_dropout(dropout), layers.conv(width, num_classes, 1))
+        self.coarse_heads = nn.ModuleList(layers.conv(c, num_classes, 1) for c in channels[1:] if pyramid)
 
     def forward(self, features: list[Tensor]) -> SegOutput:
         *skips, x = features
+        made: list[Tensor] = []  # coarsest first
         for up, stage, skip in zip(reversed(self.ups), reversed(self.stages), reversed(skips), strict=True):
             x = stage(up(x) + skip)
-        return SegOutput(self.head(self.dropout(x)), embedding=x)
+            made.append(x)
+        coarse = made[-2::-1]  # finest first, without the embedding
+        pyramid = tuple(head(map_) for head, map_ in zip(self.coarse_heads, coarse, strict=False))
+        return SegOutput(self.head(x), x, pyramid)
 
 
 def _stage(layers: Layers, c_in: int, c_out: int, convs: int) -> nn.Sequential:

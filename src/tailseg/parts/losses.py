@@ -81,3 +81,49 @@ def dice_ce(log_probs: Tensor, target: Tensor, weight: Tensor | None = None) -> 
 def half_ce_dice(log_probs: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """dice_ce / 2: the unsupervised loss as the DHC paper writes it."""
     return 0.5 * dice_ce(log_probs, target, weight)
+
+
+def masked_cross_entropy(
+    log_probs: Tensor, target: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
+    """Sum of mask * w[y] * nll over the number of all voxels whose target is not IGNORE, kept or not: a factor of w does not
+    cancel, and a step that keeps few voxels takes a small step.
+
+    log_probs: (B, K, *S). target: (B, *S) int64. mask: (B, *S) bool or float, default 1. weight: (K,), default 1.
+    """
+    weight = log_probs.new_ones(log_probs.shape[1]) if weight is None else weight
+    voxel_weights = _voxel_weights(target, weight)
+    kept = voxel_weights if mask is None else voxel_weights * mask
+    nll_sum = -(kept * _target_log_probs(log_probs, target)).sum()
+    nll_sum, voxels = sum_over_ranks(torch.stack([nll_sum, (target != IGNORE).sum().float()])).unbind()
+    return nll_sum / voxels.clamp_min(1.0)
+
+
+def soft_dice_loss(
+    log_probs: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    smooth: float = 1e-5,
+    include_background: bool = True,
+) -> Tensor:
+    """1 minus the mean over classes of (2 S(p t) + smooth) / (S(p^2) + S(t^2) + smooth), sums over the kept voxels of the
+    whole batch; in [0, 1], and 0 where nothing is kept. The Dice of SSL4MIS and its descendants.
+
+    A class that is kept nowhere but predicted scores about 0, a constant that teaches nothing. log_probs: (B, K, *S).
+    target: (B, *S) int64. mask: (B, *S) bool or float, default 1.
+    """
+    num_classes = log_probs.shape[1]
+    kept = (target != IGNORE).float() if mask is None else (target != IGNORE) * mask.float()  # (B, *S)
+    spatial = (0, *range(2, log_probs.dim()))
+    hits = sum_per_class(_target_log_probs(log_probs, target).exp() * kept, target, num_classes)
+    mass = ((2 * log_probs).exp() * kept.unsqueeze(1)).sum(spatial)
+    size = sum_per_class(kept, target, num_classes)
+    hits, mass, size = sum_over_ranks(torch.stack([hits, mass, size])).unbind()
+    dice = (2 * hits + smooth) / (mass + size + smooth)  # (K,)
+    return 1 - (dice if include_background else dice[1:]).mean()
+
+
+def ce_soft_dice(log_probs: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor:
+    """(cross_entropy + soft_dice_loss) / 2: the supervised loss of SSL4MIS and its descendants."""
+    return (cross_entropy(log_probs, target) + soft_dice_loss(log_probs, target, smooth=smooth)) / 2
