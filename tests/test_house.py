@@ -44,7 +44,11 @@ MAY_IMPORT = {
 }
 """The first part of a module's name -> what it may import of TailSeg. The front door, __init__, loads names lazily."""
 
+PLUG_INS = {"tailseg.methods.scdl"}
+"""Methods that go onto other methods, and so import them."""
+
 OF_NO_SINGLE_SOURCE = {
+    "test_docs.py",
     "test_house.py",
     "test_real_scans.py",
     "methods/test_contract.py",
@@ -98,10 +102,11 @@ def test_every_module_has_its_place_in_the_order():
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module != "tailseg"])
 def test_imports_run_one_way(module):
+    allowed = MAY_IMPORT[house(module)] | ({"methods"} if module in PLUG_INS else set())
     wrong = [
         f"{MODULES[module].relative_to(SOURCE)}:{line} imports {target}"
         for target, line in imports(module)
-        if house(target) and house(target) not in MAY_IMPORT[house(module)]
+        if house(target) and house(target) not in allowed
     ]
     assert not wrong, "; ".join(wrong)
 

@@ -6,25 +6,26 @@ from typing import final
 
 import pytest
 import torch
+from methods.examples import METHODS, OPTIONS
 from torch import Tensor
 
-from tailseg.checks import LATER_STEP, check_method, example_batch, example_task, make_example
-from tailseg.components import builtin_names, find
+from tailseg.checks import LATER_STEP, accepted_batch, check_method, example_task, make_example
+from tailseg.components import find
 from tailseg.core import Batch, BuildNetwork, Method, Progress, StepOutput, Task
-
-METHODS = builtin_names("methods")
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(("num_classes", "in_channels", "spatial_dims"), [(2, 1, 3), (4, 3, 2), (14, 1, 3), (4, 1, 3)])
 def test_method_keeps_the_contract(name: str, num_classes: int, in_channels: int, spatial_dims: int):
-    check_method(find("methods", name), example_task(num_classes, in_channels, spatial_dims))
+    task = example_task(num_classes, in_channels, spatial_dims)
+    check_method(find("methods", name), task, **OPTIONS.get(name, {}))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_losses_decrease_on_a_fixed_batch(name: str):
     task = example_task(3)
-    model, batch = make_example(find("methods", name), task), example_batch(task)
+    model = make_example(find("methods", name), task, **OPTIONS.get(name, {}))
+    batch = accepted_batch(model)
     optimizer = torch.optim.Adam(model.param_groups(), lr=0.01)
     totals = []
     for _ in range(20):
@@ -39,11 +40,14 @@ def test_losses_decrease_on_a_fixed_batch(name: str):
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "supervised"])
 def test_unlabelled_images_change_the_losses(name: str):
     task = example_task()
-    model, batch = make_example(find("methods", name), task), example_batch(task)
+    model = make_example(find("methods", name), task, **OPTIONS.get(name, {}))
+    batch = accepted_batch(model)
     other = Batch(batch.x_l, batch.y_l, batch.x_u + 1.0)
     state = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(0)
     first = torch.stack([*model(batch, LATER_STEP).losses.values()]).sum()
     model.load_state_dict(state)
+    torch.manual_seed(0)
     assert first != torch.stack([*model(other, LATER_STEP).losses.values()]).sum()
 
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parts.worked_example import LOGITS_A, LOGITS_B, TARGET
+from parts.worked_example import LOGITS_A, LOGITS_B, TARGET, Z1, logits
 from torch import Tensor
 
 from tailseg.core import IGNORE
-from tailseg.parts.losses import cross_entropy, dice_ce, dice_loss, half_ce_dice, log_softmax
+from tailseg.parts.losses import (
+    ce_soft_dice,
+    cross_entropy,
+    dice_ce,
+    dice_loss,
+    half_ce_dice,
+    log_softmax,
+    masked_cross_entropy,
+    soft_dice_loss,
+)
 
 LOG_PROBS = log_softmax(LOGITS_A[:1])
 
@@ -84,3 +93,75 @@ def test_dice_loss_ignores_order_of_cases():
     torch.manual_seed(0)
     log_probs, target = log_softmax(torch.randn(3, 3, 2, 4, 4)), torch.randint(0, 3, (3, 2, 4, 4))
     torch.testing.assert_close(dice_loss(log_probs, target), dice_loss(log_probs.flip(0), target.flip(0)))
+
+
+ROWS = [[0.7, 0.1, 0.1, 0.1], [0.2, 0.6, 0.1, 0.1], [0.1, 0.2, 0.6, 0.1], [0.25] * 4]  # of four pixels
+FOUR = torch.tensor(ROWS).T.reshape(1, 4, 2, 2).log()
+EACH_ITS_CLASS = torch.arange(4).reshape(1, 2, 2)
+
+
+@pytest.mark.parametrize(("threshold", "loss"), [(0.2, 0.2554653), (0.5, 0.3424860), (0.65, 0.7643514), (0.95, 0.0)])
+def test_soft_dice_over_confident_pixels_equals_that_of_unimatch(threshold: float, loss: float):
+    confidence = FOUR.exp().amax(1)
+    assert soft_dice_loss(FOUR, EACH_ITS_CLASS, confidence >= threshold).item() == pytest.approx(loss, abs=1e-6)
+
+
+def test_soft_dice_equals_that_of_crossmatch_on_acdc():
+    kept = torch.tensor([[[1.0, 1.0], [1.0, 0.0]]])
+    assert soft_dice_loss(FOUR, EACH_ITS_CLASS, smooth=1e-4).item() == pytest.approx(0.2554469, abs=1e-6)
+    assert soft_dice_loss(FOUR, EACH_ITS_CLASS, kept, smooth=1e-4).item() == pytest.approx(0.3417329, abs=1e-6)
+
+
+@pytest.mark.parametrize(("threshold", "loss"), [(0.5, 0.1282048), (0.75, 0.1705062), (0.99, 0.0)])
+def test_soft_dice_of_the_foreground_equals_that_of_crossmatch_on_la(threshold: float, loss: float):
+    foreground = torch.tensor([0.9, 0.8, 0.3, 0.6])
+    log_probs = torch.stack([1 - foreground, foreground]).log().reshape(1, 2, 1, 1, 4)
+    target = torch.tensor([1, 1, 0, 0]).reshape(1, 1, 1, 4)
+    mask = torch.tensor([0.9, 0.6, 0.7, 0.95]).reshape(1, 1, 1, 4) >= threshold
+    found = soft_dice_loss(log_probs, target, mask, include_background=False)
+    assert found.item() == pytest.approx(loss, abs=1e-6)
+
+
+def test_leaving_voxels_unannotated_is_masking_them():
+    mask = torch.tensor([[[True, True], [False, True]]])
+    unannotated = torch.where(mask, EACH_ITS_CLASS, IGNORE)
+    assert soft_dice_loss(FOUR, unannotated).item() == pytest.approx(soft_dice_loss(FOUR, EACH_ITS_CLASS, mask).item())
+    assert soft_dice_loss(FOUR, torch.full_like(EACH_ITS_CLASS, IGNORE)).item() == 0.0
+
+
+def test_soft_dice_of_an_absent_but_predicted_class_is_a_constant_without_gradient():
+    log_probs = FOUR.clone().requires_grad_()
+    soft_dice_loss(log_probs, torch.zeros_like(EACH_ITS_CLASS)).backward()
+    assert log_probs.grad is not None
+    assert log_probs.grad[:, 1:].abs().max() < 1e-4 < log_probs.grad[:, 0].abs().max()
+
+
+def test_masked_cross_entropy_divides_by_all_voxels():
+    """Numbers of CLD, DST and FixMatch."""
+    log_probs = log_softmax(logits(Z1))
+    mask = torch.tensor([1.0, 0, 1, 1]).reshape(1, 1, 1, 4)
+    weight = torch.tensor([1.0, 2, 3])
+    assert masked_cross_entropy(log_probs, TARGET, mask, weight).item() == pytest.approx(0.741026, abs=1e-6)
+    mask = torch.tensor([True, False, True, False]).reshape(1, 1, 1, 4)
+    assert masked_cross_entropy(log_probs, TARGET, mask).item() == pytest.approx(0.109053, abs=1e-6)
+    strong = torch.tensor([[1.0, 0, 0], [2, 0, 1], [0.5, 0.5, 0]]).T.reshape(1, 3, 1, 3)
+    target, confidence = torch.tensor([[[0, 0, 1]]]), torch.tensor([[[0.9647, 0.5065, 0.9430]]])
+    assert masked_cross_entropy(log_softmax(strong), target, confidence >= 0.95).item() == pytest.approx(
+        0.1838149, abs=1e-6
+    )
+    assert masked_cross_entropy(log_softmax(strong), target, confidence >= 0.8).item() == pytest.approx(
+        0.5031549, abs=1e-6
+    )
+
+
+def test_masked_cross_entropy_leaves_unannotated_voxels_out_of_its_mean():
+    half = TARGET.clone()
+    half[..., 2:] = IGNORE
+    log_probs = log_softmax(logits(Z1))
+    assert masked_cross_entropy(log_probs, half).item() == pytest.approx(cross_entropy(log_probs, half).item())
+    assert masked_cross_entropy(log_probs, torch.full_like(half, IGNORE)).item() == 0.0
+
+
+def test_ce_soft_dice_is_the_mean_of_both():
+    expected = (cross_entropy(FOUR, EACH_ITS_CLASS) + soft_dice_loss(FOUR, EACH_ITS_CLASS)) / 2
+    assert ce_soft_dice(FOUR, EACH_ITS_CLASS).item() == pytest.approx(expected.item())

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from methods.examples import METHODS, fit_recipe
 from tiny import make_tiny, tiny_recipe
 
 from tailseg import app
-from tailseg.components import builtin_names
 from tailseg.options import OptionError
-from tailseg.recipe import load_recipe
+from tailseg.recipe import Recipe, load_recipe
 from tailseg.train.checkpoint import CheckpointError, load_checkpoint
+from tailseg.train.fit import Trainer
 from tailseg.train.metrics_log import read_metrics
 
 KILLED_AT_STEP_10 = """
@@ -52,23 +53,49 @@ def assert_same(first: Any, second: Any, where: str = "checkpoint") -> None:
         assert first == second, where
 
 
-@pytest.mark.parametrize("name", builtin_names("methods"))
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_a_killed_run_resumes_bit_for_bit(name: str, spatial_dims: int, tmp_path: Path):
-    data = make_tiny(tmp_path / "tiny")
-    recipe = load_recipe(tiny_recipe(data, name, spatial_dims=spatial_dims))
+def test_a_broken_off_run_resumes_bit_for_bit(
+    name: str, spatial_dims: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tree = tiny_recipe(make_tiny(tmp_path / "tiny"), name, spatial_dims=spatial_dims)
+    recipe = load_recipe(fit_recipe(tree, name))
+    unbroken, broken = app.train(recipe, tmp_path / "unbroken"), tmp_path / "broken"
+    train_step = Trainer._train_step
+
+    def deadly(self: Trainer) -> None:
+        if self.step == 10:
+            raise Killed
+        train_step(self)
+
+    monkeypatch.setattr(Trainer, "_train_step", deadly)
+    with pytest.raises(Killed):
+        app.train(recipe, broken)
+    monkeypatch.undo()
+    assert_resumes_like(recipe, broken, unbroken)
+
+
+def test_a_run_killed_by_the_system_resumes_bit_for_bit(tmp_path: Path):
+    recipe = load_recipe(tiny_recipe(make_tiny(tmp_path / "tiny"), "dhc"))
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    unbroken = app.train(recipe, tmp_path / "unbroken")
-    killed = tmp_path / "killed"
+    unbroken, killed = app.train(recipe, tmp_path / "unbroken"), tmp_path / "killed"
     child = subprocess.run(
         [sys.executable, "-c", KILLED_AT_STEP_10, str(tmp_path / "recipe.yaml"), str(killed)], check=False
     )
     assert child.returncode == -9
-    assert load_checkpoint(killed / "last.pt")["step"] == 8
-    app.train(recipe, killed, resume=True)
+    assert_resumes_like(recipe, killed, unbroken)
+
+
+def assert_resumes_like(recipe: Recipe, broken: Path, unbroken: Path) -> None:
+    assert load_checkpoint(broken / "last.pt")["step"] == 8
+    app.train(recipe, broken, resume=True)
     for checkpoint in ("last.pt", "best.pt"):
-        assert_same(load_checkpoint(unbroken / checkpoint), load_checkpoint(killed / checkpoint))
-    lines = [read_metrics(run / "metrics.jsonl") for run in (unbroken, killed)]
+        assert_same(load_checkpoint(unbroken / checkpoint), load_checkpoint(broken / checkpoint))
+    lines = [read_metrics(run / "metrics.jsonl") for run in (unbroken, broken)]
     validations = [[line for line in run if line["kind"] == "validation"] for run in lines]
     assert validations[0] == validations[1]
 
