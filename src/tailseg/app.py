@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -29,13 +29,13 @@ from tailseg.data.store import Store, TrainingStore
 from tailseg.data.stream import PatchSampler, PatchStream
 from tailseg.evaluate.predict import Predictor, find_cases, predict_cases
 from tailseg.evaluate.protocols import protocol_named
-from tailseg.evaluate.scores import find_label_files, score_folder, write_scores
+from tailseg.evaluate.scores import find_label_files, read_caveat, score_folder, write_scores
 from tailseg.evaluate.summary import Summary, summarise, write_summary
 from tailseg.evaluate.validate import Validator
 from tailseg.files import write_json, write_text
 from tailseg.options import OptionError
 from tailseg.recipe import Recipe, load_recipe
-from tailseg.runtime import Runtime, RuntimeOptions, choose_device, start_runtime
+from tailseg.runtime import Precision, Runtime, RuntimeOptions, choose_device, start_runtime
 from tailseg.train.checkpoint import dump_task, load_checkpoint, load_task
 from tailseg.train.fit import Trainer
 from tailseg.train.watch import Watch
@@ -131,6 +131,8 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, report: Report 
             augment=recipe.data.augment,
             validate=_validator(recipe, training, split, runtime),
         )
+        if caveat := method.caveat():
+            watch.say(caveat)
         if resume:
             trainer.resume(folder / "last.pt")
         if runtime.is_main:
@@ -249,7 +251,7 @@ def predict(
     *,
     checkpoint: str = "best",
     device: str = "auto",
-    precision: Literal["fp32", "bf16", "fp16"] | None = None,
+    precision: Precision | None = None,
     save_probs: bool = False,
     report: Report = silent,
 ) -> list[Path]:
@@ -321,7 +323,8 @@ def evaluate(
         report(len(done), len(cases), case)
 
     scores = score_folder(predictions, folder, rules, cases=cases, workers=workers, progress=count)
-    summaries = {name: summarise(each) for name, each in scores.items()}
+    caveat = read_caveat(predictions)
+    summaries = {name: summarise(each, caveat) for name, each in scores.items()}
     for name, each in scores.items():
         write_scores((output or predictions) / f"{name}.csv", each)
         write_summary((output or predictions) / f"{name}.json", summaries[name])

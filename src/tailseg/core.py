@@ -193,6 +193,10 @@ class Method(nn.Module, ABC):
         """(K,) odds of the class at the centre of the next labelled patches; None leaves it to the recipe."""
         return None
 
+    def caveat(self) -> str:
+        """What whoever reads this run's numbers must be told; it goes with the run, its predictions and their scores."""
+        return ""
+
     def param_groups(self) -> list[dict[str, Any]]:
         """What the optimiser trains; a group may set its own lr_scale (a factor on train.lr) or weight_decay."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]

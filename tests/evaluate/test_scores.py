@@ -21,6 +21,7 @@ from tailseg.evaluate.scores import (
     Scores,
     find_label_files,
     joined,
+    read_caveat,
     read_labels_file,
     read_scores,
     score_case,
@@ -322,3 +323,11 @@ def test_scores_of_other_rules_classes_or_cases_do_not_compare() -> None:
 def test_scoring_needs_no_torch() -> None:
     code = "import sys, tailseg.evaluate.summary; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_caveat_goes_from_the_labels_file_to_the_summary(tmp_path: Path):
+    (tmp_path / "labels.json").write_text(json.dumps({"labels": {"background": 0}, "caveat": "of a random teacher"}))
+    assert read_caveat(tmp_path) == "of a random teacher"
+    (tmp_path / "labels.json").write_text(json.dumps({"labels": {"background": 0}}))
+    assert read_caveat(tmp_path) == ""
+    assert read_caveat(tmp_path / "nowhere") == ""

@@ -110,12 +110,14 @@ def predict_cases(
     save_probs: bool = False,
     report: Callable[[int, int, str], None],
 ) -> list[Path]:
-    """Write <case>.nii.gz for every case and labels.json with the classes' names and values; returns the label files.
+    """Write <case>.nii.gz for every case and labels.json with the classes' names and values, and the method's caveat if
+    it has one; returns the label files.
 
     label_values: value of each class in the files. save_probs: also <case>_probs.npz, "probs" (K, D, H, W) float16.
     """
     names = dict(zip(predictor.method.task.classes, label_values, strict=True))
-    write_json(output / "labels.json", {"labels": names})
+    caveat = predictor.method.caveat()
+    write_json(output / "labels.json", {"labels": names} | ({"caveat": caveat} if caveat else {}))
     table = np.array(label_values, dtype=np.uint8)
     written = []
     for index, case in enumerate(cases):

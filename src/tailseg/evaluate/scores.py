@@ -218,6 +218,12 @@ def read_labels_file(folder: Path) -> tuple[dict[str, int], tuple[int, ...]]:
     return dict(sorted(values.items(), key=lambda item: item[1])), ignored
 
 
+def read_caveat(folder: Path) -> str:
+    """What the labels.json of predictions says must be told with their scores; empty where it says nothing."""
+    path = folder / LABELS_FILE
+    return str(json.loads(path.read_text(encoding="utf-8")).get("caveat", "")) if path.is_file() else ""
+
+
 def write_scores(path: Path, scores: Scores) -> None:
     """A CSV with a row for each case and class; an empty cell is a value that the protocol leaves out."""
     file = io.StringIO()

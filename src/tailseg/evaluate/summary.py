@@ -66,11 +66,12 @@ class ClassSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """overall: metric -> mean over the classes."""
+    """overall: metric -> mean over the classes. caveat: what the numbers must not be shown without, if anything."""
 
     scores: Scores
     classes: tuple[ClassSummary, ...]
     overall: dict[str, MetricSummary]
+    caveat: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; NaN becomes None."""
@@ -78,6 +79,7 @@ class Summary:
         return _without_nan(
             {
                 "protocol": asdict(protocol) | {"text": protocol.describe()},
+                "caveat": self.caveat,
                 "method": _METHOD,
                 "cases": self.scores.cases,
                 "predictions_without_reference": self.scores.unmatched,
@@ -88,7 +90,7 @@ class Summary:
         )
 
 
-def summarise(scores: Scores) -> Summary:
+def summarise(scores: Scores, caveat: str = "") -> Summary:
     """Means over cases with their intervals. The rarest third of the classes by voxels in the reference is marked."""
     voxels = scores.ref_voxels.sum(0)  # (classes,)
     shares = voxels / max(int(voxels.sum()), 1)
@@ -107,7 +109,7 @@ def summarise(scores: Scores) -> Summary:
         for k, name in enumerate(scores.classes)
     )
     overall = {metric: _over_classes(scores.metric(metric)) for metric in scores.protocol.metrics}
-    return Summary(scores, classes, overall)
+    return Summary(scores, classes, overall, caveat)
 
 
 def write_summary(path: Path, summary: Summary) -> None:
@@ -122,6 +124,7 @@ def summary_table(summary: Summary) -> Table:
     scores, protocol = summary.scores, summary.scores.protocol
     shown = [name for name in _SHOWN if name in protocol.metrics][:3]
     notes = [
+        *([f"CAVEAT: {summary.caveat}"] if summary.caveat else []),
         f"{len(scores.cases)} cases. Class: mean ± std (ddof=0) over cases; last row: mean and 95 % interval over cases.",
         "* among the rarest third of the classes, by voxels in the reference.",
     ]

@@ -93,6 +93,11 @@ class Watch:
         self._terminal.validation(f"epoch {epoch}/{progress.total_epochs}{self._dice_text}", self.task, scores)
         self._pace.pause()
 
+    def say(self, text: str) -> None:
+        """A warning that is about the whole run."""
+        if self.enabled:
+            self._terminal.say(text, style="yellow")
+
     def close(self) -> None:
         self._terminal.close()
         for file in self._files or ():
