@@ -19,14 +19,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tailseg.core import Method, SegNet
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class RuntimeOptions(BaseModel):
     """device: cpu, cuda, cuda:1, mps, or auto (cuda where there is one). Under torchrun each process takes its own GPU.
 
-    channels_last, compile: memory layout and torch.compile of the networks. deterministic: refuse operations whose result
-    depends on the order of threads. threads: CPU threads of the arithmetic, default torch's.
+    precision: auto is bf16 where the device computes in it, fp32 elsewhere; a processor that only emulates bf16 takes several
+    times as long with it as with fp32. channels_last, compile: memory layout and torch.compile of the networks.
+    deterministic: refuse operations whose result depends on the order of threads. threads: CPU threads of the arithmetic,
+    default torch's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,9 +58,10 @@ class Runtime:
         return torch.channels_last_3d if spatial_dims == 3 else torch.channels_last
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self.options.precision == "fp32":
+        precision = self.options.precision
+        if precision == "fp32" or (precision == "auto" and not computes_in_bf16(self.device)):
             return contextlib.nullcontext()
-        dtype = torch.bfloat16 if self.options.precision == "bf16" else torch.float16
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype)
 
     def place(self, method: Method) -> None:
@@ -86,6 +89,10 @@ def start_runtime(options: RuntimeOptions, seed: int) -> Iterator[Runtime]:
     """Choose the device, join the other processes if torchrun started them, seed; leaves the process group at the end."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(options.device, int(os.environ.get("LOCAL_RANK", "0")))
+    if options.precision == "bf16" and not computes_in_bf16(device):
+        warnings.warn(
+            "This device only emulates bf16; train.precision=auto takes fp32 here, which is faster.", stacklevel=2
+        )
     keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -118,6 +125,13 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("train.device is 'mps', but torch sees no Apple GPU here; use train.device=cpu.")
     return device
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether convolutions run in bfloat16 on it rather than by way of float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def keep_freed_memory() -> None:

@@ -83,6 +83,7 @@ def test_accumulated_batches_make_one_step(tmp_path: Path):
     assert state["optimizer"]["param_groups"][0]["lr"] == 0.03
 
 
+@pytest.mark.filterwarnings("ignore:This device only emulates bf16")
 @pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "fp16"}, {"optimizer": "adamw", "lr": 0.001}])
 def test_other_precisions_and_optimisers_train(tmp_path: Path, options: dict[str, Any]):
     run = app.train(recipe_of(tmp_path, epochs=1, log_every=1, **options), tmp_path / "run")
