@@ -77,8 +77,8 @@ class Result:
         return json.loads((self.folder / "facts.json").read_text())
 
 
-def run(entry: Entry, folder: Path) -> Result:
-    """Train where needed, predict the test cases with both checkpoints, score them."""
+def run(entry: Entry, folder: Path, checkpoints: Sequence[str] = tuple(CHECKPOINTS)) -> Result:
+    """Train where needed, predict the test cases with the checkpoints, score them."""
     recipe = load_recipe(ROOT / entry.recipe, entry.overrides)
     if not (folder / "facts.json").exists():
         wall, cpu = time.perf_counter(), time.process_time()
@@ -93,7 +93,7 @@ def run(entry: Entry, folder: Path) -> Result:
         }
         (folder / "facts.json").write_text(json.dumps(facts, indent=1))
     summaries = {}
-    for checkpoint in CHECKPOINTS:
+    for checkpoint in checkpoints:
         predictions = folder / f"predictions_{checkpoint}"
         tables = {name: predictions / f"{name}.csv" for name in recipe.evaluate.protocols}
         if not all(table.exists() for table in tables.values()):
