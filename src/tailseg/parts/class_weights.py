@@ -136,7 +136,94 @@ class DiffDW(ClassWeighter):
             statistic.scatter_(0, row, (value * seen)[None])
 
 
-WEIGHTERS: Mapping[str, type[ClassWeighter]] = {"none": NoWeights, "dist": DistDW, "diff": DiffDW}
+class CReSTWeights(ClassWeighter):
+    """Class-rebalancing rates as weights: the i-th most frequent class weighs what the i-th rarest one's frequency is.
+
+    mu_k = (N_k / max N)^alpha over the network's own unlabelled pseudo-labels; the rarest class weighs 1, the most frequent
+    min mu > 0. Averaged over time with decay beta, starting from the labelled ground truth; without unlabelled patches the
+    weights stay there. Not scaled by K as those of DistDW, DiffDW and SimiS are, and published so; paired with one of them
+    each network keeps its own scale, which matters in the Dice term alone.
+    A class that was not predicted has mu of about (1e-8 / max N)^alpha, which the most frequent class then weighs.
+    Source: Wei et al., CVPR 2021, as ported in github.com/xmed-lab/DHC, code/train_crest.py.
+    """
+
+    def __init__(self, task: Task, *, alpha: float = 1 / 3, beta: float = 0.99) -> None:
+        super().__init__(task)
+        self.alpha, self.beta = alpha, beta
+        self.weights: Tensor
+        self.register_buffer("weights", self.rates(torch.tensor(task.class_voxels)))
+
+    def rates(self, counts: Tensor) -> Tensor:
+        """(K,) in (0, 1]: mu in descending order, dealt out in ascending order."""
+        counts = counts.float()
+        mu = ((counts + EPS) / (counts.max() + EPS)) ** self.alpha
+        order = mu.argsort(descending=True, stable=True)  # of equally frequent classes the lower index first
+        return torch.empty_like(mu).scatter(0, order, mu[order.flip(0)])
+
+    def update(self, pseudo_labels: Tensor, y_l: Tensor) -> Tensor:
+        unlabelled = pseudo_labels[len(y_l) :]
+        if len(unlabelled):
+            counts = sum_over_ranks(count_classes(unlabelled, self.num_classes))
+            self.weights.lerp_(self.rates(counts), 1 - self.beta)
+        return self.weights.clone()
+
+
+class SimiSWeights(ClassWeighter):
+    """Weights by the gap to the most frequent class: s_k = K (max P - P_k), P the shares of the network's pseudo-labels.
+
+    The shares are those of all its predictions, labelled patches included (without unlabelled patches of these alone), and
+    count unannotated voxels too, as predictions exist there. The most frequent class gets 0, all rare ones nearly K.
+    Averaged over time with decay beta, starting from K for all and one step towards the labelled ground truth, so that the
+    first 1 / (1 - beta) steps weigh the classes nearly alike.
+    Source: Chen et al., arXiv 2211.11086, as ported in github.com/xmed-lab/DHC, code/train_simis.py.
+    """
+
+    def __init__(self, task: Task, *, beta: float = 0.99) -> None:
+        super().__init__(task)
+        self.beta = beta
+        self.weights: Tensor
+        start = torch.full((task.num_classes,), float(task.num_classes))
+        self.register_buffer("weights", start.lerp(self.gap(torch.tensor(task.class_voxels)), 1 - beta))
+
+    @staticmethod
+    def gap(counts: Tensor) -> Tensor:
+        """(K,) in [0, K]: K (max P - P_k) with P_k = N_k / sum N."""
+        counts = counts.float()
+        share = (counts + EPS) / (counts.sum() + EPS)
+        return len(counts) * (share.max() - share)
+
+    def update(self, pseudo_labels: Tensor, y_l: Tensor) -> Tensor:
+        counts = sum_over_ranks(count_classes(pseudo_labels, self.num_classes))
+        self.weights.lerp_(self.gap(counts), 1 - self.beta)
+        return self.weights.clone()
+
+
+class CLDWeights(ClassWeighter):
+    """Static weights from the labelled ground truth: w_k = (max N / N_k)^exponent, 1 for the most frequent class.
+
+    They look at no prediction, so unlabelled patches make no difference to them. A class without a labelled voxel counts as
+    having one, where the authors' code divides by zero.
+    Source: Lin et al., MICCAI 2022, as ported in github.com/xmed-lab/DHC, code/train_cld.py.
+    """
+
+    def __init__(self, task: Task, *, exponent: float = 1 / 3) -> None:
+        super().__init__(task)
+        counts = torch.tensor(task.class_voxels).clamp_min(1).float()  # deviation: the code divides by 0
+        self.weights: Tensor
+        self.register_buffer("weights", (counts.max() / counts) ** exponent)
+
+    def update(self, pseudo_labels: Tensor, y_l: Tensor) -> Tensor:
+        return self.weights.clone()
+
+
+WEIGHTERS: Mapping[str, type[ClassWeighter]] = {
+    "none": NoWeights,
+    "dist": DistDW,
+    "diff": DiffDW,
+    "crest": CReSTWeights,
+    "simis": SimiSWeights,
+    "cld": CLDWeights,
+}
 
 WeighterSpec = str | dict[str, Any]
 
