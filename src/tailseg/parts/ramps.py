@@ -15,3 +15,12 @@ def gaussian_ramp(fraction: float) -> float:
 def ramp_up(progress: Progress, unit: Unit = "epoch") -> float:
     """Gaussian ramp over the whole run; unit: see Progress.fraction."""
     return gaussian_ramp(progress.fraction(unit))
+
+
+def ramp_over(progress: Progress, share: float = 1.0, *, hold: int = 1) -> float:
+    """Gaussian ramp over the first `share` of the run's steps, 1 from there on; share 0: 1 from the start.
+
+    hold: steps for which the value stays. SSL4MIS and UA-MT write exp(-5 (1 - min(k, R) / R)^2) with k = step // 150, where
+    150 R is the length of the run: hold=150.
+    """
+    return gaussian_ramp(progress.step // hold * hold / (share * progress.total_steps)) if share else 1.0

@@ -29,8 +29,23 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Which of them this process is, from 0."""
+    return dist.get_rank() if num_ranks() > 1 else 0
+
+
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of x over all ranks, equal on each; gradients flow back to every rank's x."""
     if num_ranks() == 1:
         return x
     return _SumOverRanks.apply(x)  # pyright: ignore[reportReturnType] - apply is untyped
+
+
+@torch.no_grad()
+def gather_over_ranks(x: Tensor) -> Tensor:
+    """All ranks' x, of one shape on all of them, one after the other along dim 0; equal on each rank, without gradient."""
+    if num_ranks() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(num_ranks())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)

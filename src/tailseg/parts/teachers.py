@@ -20,7 +20,8 @@ class Teacher(nn.Module):
 
     warm_up: what t counts, steps or epochs done; None follows with `decay` from the start. At t = 0 the student is copied.
     mode: "train" normalises with the statistics of the batch and keeps dropout on, as SSL4MIS, UA-MT and DHC do; its running
-    statistics then come from its own passes. "eval" uses running statistics, and averages the student's.
+    statistics then come from its own passes. "eval" uses running statistics, and averages the student's. The method's .eval()
+    puts either into evaluation.
     """
 
     def __init__(
@@ -34,16 +35,19 @@ class Teacher(nn.Module):
         super().__init__()
         self.net = copy.deepcopy(student).requires_grad_(False)
         self.decay, self.warm_up, self.mode = decay, warm_up, mode
+        self.train(self.training)  # the copy came in the student's mode
 
     def train(self, mode: bool = True) -> Self:
+        """As called by the method around it; a teacher of mode "eval" stays in evaluation."""
         return super().train(mode and self.mode == "train")
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> SegOutput:
+        """The network's output, without gradients."""
         return self.net(x)
 
     def momentum(self, progress: Progress) -> float:
-        """a of the update after the step that progress describes."""
+        """a of the update after the step that progress describes: 0, 1/2, 2/3, 3/4, ... up to decay."""
         if self.warm_up is None:
             return self.decay
         t = progress.step if self.warm_up == "step" else progress.epoch
@@ -53,7 +57,8 @@ class Teacher(nn.Module):
     def follow(self, student: SegNet, progress: Progress) -> None:
         """Move towards the student; to be called in after_step."""
         share = 1 - self.momentum(progress)
-        torch._foreach_lerp_(list(self.net.parameters()), list(student.parameters()), share)
+        # one kernel for all parameters; the optimisers of torch use it too
+        torch._foreach_lerp_(list(self.net.parameters()), list(student.parameters()), share)  # pyright: ignore[reportPrivateImportUsage]
         if self.mode == "eval":
             for mine, theirs in zip(self.net.buffers(), student.buffers(), strict=True):
                 if mine.is_floating_point():
