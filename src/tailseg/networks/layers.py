@@ -16,11 +16,13 @@ Norm = Literal["batch", "instance"]
 
 @dataclass(frozen=True)
 class Layers:
-    """Makes the layers of one network. negative_slope: of its ReLU; 0 is the plain one."""
+    """Makes the layers of one network. negative_slope: of its ReLU; 0 is the plain one. affine: whether instance
+    normalisation learns a scale and a shift; batch normalisation always does."""
 
     spatial_dims: Literal[2, 3]
     norm: Norm
     negative_slope: float = 0.0
+    affine: bool = True
 
     def __post_init__(self) -> None:
         if self.spatial_dims not in (2, 3):
@@ -38,10 +40,10 @@ class Layers:
         make = nn.ConvTranspose3d if self.spatial_dims == 3 else nn.ConvTranspose2d
         return make(c_in, c_out, 2, stride=2)
 
-    def upsample(self) -> nn.Module:
-        """Doubles the size by interpolation that keeps the corner voxels in place."""
+    def upsample(self, *, align_corners: bool) -> nn.Module:
+        """Doubles the size by linear interpolation. align_corners: keep the corner voxels in place, else the image's edges."""
         mode = "trilinear" if self.spatial_dims == 3 else "bilinear"
-        return nn.Upsample(scale_factor=2, mode=mode, align_corners=True)
+        return nn.Upsample(scale_factor=2, mode=mode, align_corners=align_corners)
 
     def max_pool(self) -> nn.Module:
         return nn.MaxPool3d(2) if self.spatial_dims == 3 else nn.MaxPool2d(2)
@@ -59,7 +61,7 @@ class Layers:
         if self.norm == "batch":
             return nn.BatchNorm3d(channels) if self.spatial_dims == 3 else nn.BatchNorm2d(channels)
         make = nn.InstanceNorm3d if self.spatial_dims == 3 else nn.InstanceNorm2d
-        return make(channels, affine=True)
+        return make(channels, affine=self.affine)
 
 
 class Conv3d(nn.Conv3d):
@@ -119,11 +121,26 @@ def check_options(width: int, dropout: float, num_decoders: int) -> None:
         raise ValueError(f"num_decoders is {num_decoders}; a network needs at least one decoder.")
 
 
-def check_input(x: Tensor, spatial_dims: int, size_divisor: int) -> None:
-    """Raises ValueError unless x is (B, C, *S) with every side of S a multiple of size_divisor."""
-    sides = tuple(x.shape[2:])
+def check_input(x: Tensor, layers: Layers, size_divisor: int) -> None:
+    """Raises ValueError unless x is (B, C, *S) with every side of S a multiple of size_divisor, and its deepest features have
+    more than one voxel where each image is normalised by itself."""
+    sides, spatial_dims = tuple(x.shape[2:]), layers.spatial_dims
     if len(sides) != spatial_dims:  # torch would take (C, D, H, W) for one image without its batch axis
         raise ValueError(f"a {spatial_dims}D network takes (B, C, *S) with {spatial_dims} sides, got {tuple(x.shape)}.")
     if any(side % size_divisor for side in sides):
         near = tuple(max(1, math.ceil(side / size_divisor)) * size_divisor for side in sides)
         raise ValueError(f"patch_size {sides} must have sides that are multiples of {size_divisor}; try {near}.")
+    if layers.norm == "instance" and all(side == size_divisor for side in sides):
+        near = (*sides[:-1], 2 * size_divisor)
+        raise ValueError(
+            f"patch_size {sides} leaves one voxel at the deepest stage, which instance normalisation makes 0 whatever it "
+            f"was; try {near}."
+        )
+
+
+def coarse_logits(heads: nn.ModuleList, features: list[Tensor]) -> tuple[Tensor, ...]:
+    """What the heads make of a decoder's features after its finest; () of a decoder without such heads.
+
+    features: finest first, as many as heads and one more where there are heads.
+    """
+    return tuple(head(coarse) for head, coarse in zip(heads, features[1:], strict=True)) if heads else ()

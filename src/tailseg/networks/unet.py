@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tailseg.core import Init, SegNet, SegOutput
-from tailseg.networks.layers import Dropout, Layers, Norm, check_input, check_options, init_convs
+from tailseg.networks.layers import Dropout, Layers, Norm, check_input, check_options, coarse_logits, init_convs
 
 _SIZE_DIVISOR = 16
 _DROPOUT_SHARES = (0.1, 0.2, 0.4, 0.6, 1.0)  # of the deepest block's dropout, finest first; .05 to .5 at the default
@@ -54,15 +54,16 @@ class UNetEncoder(nn.Module):
 
     def __init__(self, in_channels: int, layers: Layers, width: int, dropout: float) -> None:
         super().__init__()
-        self.spatial_dims = layers.spatial_dims
+        self.layers = layers
         channels = [in_channels, *(width * 2**i for i in range(len(_DROPOUT_SHARES)))]
         self.blocks = nn.ModuleList(
-            _block(layers, channels[i], channels[i + 1], dropout * share) for i, share in enumerate(_DROPOUT_SHARES)
+            double_conv(layers, channels[i], channels[i + 1], dropout * share)
+            for i, share in enumerate(_DROPOUT_SHARES)
         )
         self.pool = layers.max_pool()
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        check_input(x, self.spatial_dims, _SIZE_DIVISOR)
+        check_input(x, self.layers, _SIZE_DIVISOR)
         features = [self.blocks[0](x)]
         for block in self.blocks[1:]:
             features.append(block(self.pool(features[-1])))
@@ -76,23 +77,24 @@ class UNetDecoder(nn.Module):
         super().__init__()
         channels = [width * 2**i for i in range(len(_DROPOUT_SHARES) - 1)]
         # 1x1 first, so that the interpolation moves half as many channels
-        self.ups = nn.ModuleList(nn.Sequential(layers.conv(2 * c, c, 1), layers.upsample()) for c in channels)
-        self.blocks = nn.ModuleList(_block(layers, 2 * c, c, dropout=0.0) for c in channels)
+        self.ups = nn.ModuleList(
+            nn.Sequential(layers.conv(2 * c, c, 1), layers.upsample(align_corners=True)) for c in channels
+        )
+        self.blocks = nn.ModuleList(double_conv(layers, 2 * c, c) for c in channels)
         self.head = layers.conv(width, num_classes, 3)
         self.coarse_heads = nn.ModuleList(layers.conv(c, num_classes, 3) for c in channels[1:] if pyramid)
 
     def forward(self, features: list[Tensor]) -> SegOutput:
         *skips, x = features
-        made: list[Tensor] = []  # coarsest first
+        made: list[Tensor] = []  # finest first
         for up, block, skip in zip(reversed(self.ups), reversed(self.blocks), reversed(skips), strict=True):
             x = block(torch.cat([skip, up(x)], 1))
-            made.append(x)
-        coarse = made[-2::-1]  # finest first, without the embedding
-        pyramid = tuple(head(map_) for head, map_ in zip(self.coarse_heads, coarse, strict=False))
-        return SegOutput(self.head(x), x, pyramid)
+            made.insert(0, x)
+        return SegOutput(self.head(x), x, coarse_logits(self.coarse_heads, made))
 
 
-def _block(layers: Layers, c_in: int, c_out: int, dropout: float) -> nn.Sequential:
+def double_conv(layers: Layers, c_in: int, c_out: int, dropout: float = 0.0) -> nn.Sequential:
+    """Two 3x3 convolutions with normalisation and activation, and dropout between them."""
     between = [Dropout(dropout)] if dropout else []
     return nn.Sequential(
         layers.conv(c_in, c_out, 3),

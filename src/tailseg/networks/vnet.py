@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from tailseg.core import Init, SegNet, SegOutput
-from tailseg.networks.layers import Layers, Norm, check_input, check_options, init_convs
+from tailseg.networks.layers import Layers, Norm, check_input, check_options, coarse_logits, init_convs
 
 _SIZE_DIVISOR = 16
 _ENCODER_CONVS = (1, 2, 3, 3, 3)  # per stage, finest first
@@ -55,7 +55,7 @@ class VNetEncoder(nn.Module):
 
     def __init__(self, in_channels: int, layers: Layers, width: int, dropout: float) -> None:
         super().__init__()
-        self.spatial_dims = layers.spatial_dims
+        self.layers = layers
         channels = [width * 2**i for i in range(len(_ENCODER_CONVS))]
         firsts = [in_channels, *channels[1:]]
         self.stages = nn.ModuleList(map(_stage, [layers] * len(channels), firsts, channels, _ENCODER_CONVS))
@@ -65,7 +65,7 @@ class VNetEncoder(nn.Module):
         self.dropout = layers.channel_dropout(dropout)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        check_input(x, self.spatial_dims, _SIZE_DIVISOR)
+        check_input(x, self.layers, _SIZE_DIVISOR)
         features = [self.stages[0](x)]
         for down, stage in zip(self.downs, self.stages[1:], strict=True):
             features.append(stage(down(features[-1])))
@@ -86,13 +86,11 @@ class VNetDecoder(nn.Module):
 
     def forward(self, features: list[Tensor]) -> SegOutput:
         *skips, x = features
-        made: list[Tensor] = []  # coarsest first
+        made: list[Tensor] = []  # finest first
         for up, stage, skip in zip(reversed(self.ups), reversed(self.stages), reversed(skips), strict=True):
             x = stage(up(x) + skip)
-            made.append(x)
-        coarse = made[-2::-1]  # finest first, without the embedding
-        pyramid = tuple(head(map_) for head, map_ in zip(self.coarse_heads, coarse, strict=False))
-        return SegOutput(self.head(x), x, pyramid)
+            made.insert(0, x)
+        return SegOutput(self.head(x), x, coarse_logits(self.coarse_heads, made))
 
 
 def _stage(layers: Layers, c_in: int, c_out: int, convs: int) -> nn.Sequential:
