@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from methods.fixed_networks import EXAMPLE_TASK, HALFWAY, build_fixed, example_batch
+from parts.worked_example import LOGITS_A, LOGITS_B, TARGET
 
 from tailseg.methods.cps import CPS
 
@@ -30,3 +31,14 @@ def test_with_the_weighters_of_dhc_it_is_dhc():
     assert {name: loss.item() for name, loss in cps.losses.items()} == {
         name: loss.item() for name, loss in dhc.losses.items()
     }
+
+
+def test_the_losses_of_galoss_are_an_option():
+    from tailseg.parts.gradient_aware import ga_ce, ga_loss
+    from tailseg.parts.losses import log_softmax
+
+    losses = CPS(EXAMPLE_TASK, build_fixed(), sup="ga", unsup="ga").step(example_batch(), HALFWAY).losses
+    a, b = log_softmax(LOGITS_A), log_softmax(LOGITS_B)
+    assert losses["sup"].item() == pytest.approx((ga_loss(a[:1], TARGET) + ga_loss(b[:1], TARGET)).item())
+    cps = ga_ce(a, LOGITS_B.argmax(1)) + ga_ce(b, LOGITS_A.argmax(1))
+    assert losses["cps"].item() == pytest.approx(0.1 * 0.28650480 * cps.item())

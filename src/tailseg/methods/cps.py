@@ -1,10 +1,23 @@
-"""CPS: cross pseudo supervision.
+"""CPS: two networks teach each other by their hard predictions.
 
-Paper: X. Chen, Y. Yuan, G. Zeng, J. Wang, CVPR 2021, https://arxiv.org/abs/2106.01226
-Idea: two networks of one architecture and different initial weights see the same patches; each learns from the labels where
-there are any, and from the other's hard predictions everywhere.
-Constants: the 3D re-implementation in github.com/xmed-lab/DHC, train_cps.py, which is what DHC and its rivals compare with.
-The DHC paper writes the losses as CE (supervised) and (CE + Dice) / 2 (pseudo): sup=ce, unsup=half_ce_dice.
+Paper: X. Chen, Y. Yuan, G. Zeng, J. Wang, "Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision", CVPR 2021,
+    https://arxiv.org/abs/2106.01226
+Family: co-training
+Needs: two networks
+Cost: x?
+Idea: Two networks of one architecture and different initial weights see the same patches. Each learns from the labels where
+    there are any, and from the other's hard predictions everywhere.
+Algorithm:
+    z_A = A(x), z_B = B(x) with x = [x_l; x_u];  A starts from kaiming weights, B from xavier weights
+    y_A = argmax z_A, y_B = argmax z_B                          no gradient, no threshold
+    L_sup = CE(z_A, y) + Dice(p_A, y) + CE(z_B, y) + Dice(p_B, y) on the labelled patches
+    L_cps = CE(z_A, y_B) + CE(z_B, y_A) on all patches
+    L = L_sup + lambda L_cps,  lambda = 0.1 exp(-5 (1 - epoch / epochs)^2)
+    prediction: softmax((z_A + z_B) / 2)
+Constants: train_cps.py of github.com/xmed-lab/DHC (commit b3dee97), the 3D re-implementation that DHC and its rivals compare
+    with; the CVPR paper is 2D, with CE in both terms and a constant weight.
+Deviations: none. The DHC paper writes the losses as CE (supervised) and (CE + Dice) / 2 (pseudo), its code has the above:
+    sup=ce with unsup=half_ce_dice are the paper's. sup=ga with unsup=ga are those of GALoss; the method galoss has its ramp.
 """
 
 from __future__ import annotations
@@ -17,12 +30,16 @@ from torch import Tensor
 from tailseg.core import Batch, BuildNetwork, Method, Progress, StepOutput, Task, Unit
 from tailseg.parts.class_weights import WeighterSpec, make_weighter
 from tailseg.parts.counts import count_classes
+from tailseg.parts.gradient_aware import ga_ce, ga_loss
 from tailseg.parts.losses import cross_entropy, dice_ce, half_ce_dice, log_softmax
 from tailseg.parts.ramps import ramp_up
 
 
 @final
 class CPS(Method):
+    """cps_weight: of the pseudo-labels, after the ramp. ramp: whether it rises every epoch or every step.
+    weighter_a, weighter_b: class weights of either network. sup: loss on labels. unsup: loss on pseudo-labels."""
+
     def __init__(
         self,
         task: Task,
@@ -32,16 +49,16 @@ class CPS(Method):
         ramp: Unit = "epoch",
         weighter_a: WeighterSpec = "none",
         weighter_b: WeighterSpec = "none",
-        sup: Literal["ce_dice", "ce"] = "ce_dice",
-        unsup: Literal["ce", "half_ce_dice"] = "ce",
+        sup: Literal["ce_dice", "ce", "ga"] = "ce_dice",
+        unsup: Literal["ce", "half_ce_dice", "ga"] = "ce",
     ) -> None:
         super().__init__(task)
         self.net_a, self.net_b = build(init="kaiming"), build(init="xavier")
         self.weighter_a, self.weighter_b = make_weighter(weighter_a, task), make_weighter(weighter_b, task)
         self.cps_weight = cps_weight
         self.ramp: Unit = ramp
-        self.sup_loss = dice_ce if sup == "ce_dice" else cross_entropy
-        self.cps_loss = cross_entropy if unsup == "ce" else half_ce_dice
+        self.sup_loss = {"ce_dice": dice_ce, "ce": cross_entropy, "ga": ga_loss}[sup]
+        self.cps_loss = {"ce": cross_entropy, "half_ce_dice": half_ce_dice, "ga": ga_ce}[unsup]
 
     def step(self, batch: Batch, progress: Progress) -> StepOutput:
         x, n = batch.x, len(batch.x_l)
