@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import yaml
 from tiny import make_tiny, tiny_recipe
 
 from tailseg import cli
+from tailseg.components import component_options, method_card, method_cards
 
 nib: Any = nibabel  # its stubs name neither load nor save
 
@@ -127,9 +130,100 @@ def test_list_and_show_name_everything(recipe: Path, capsys: pytest.CaptureFixtu
     assert yaml.safe_load(capsys.readouterr().out)["train"]["lr"] == 0.5
 
 
-def test_help_comes_without_torch():
+def test_methods_are_listed_by_family_with_what_they_need(capsys: pytest.CaptureFixture[str]):
+    assert run("list", "methods") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["name", "family", "venue", "needs", "cost"]
+    assert max(map(len, lines)) <= 80
+    for card in method_cards():
+        (line,) = [line for line in lines if line.split()[:1] == [card.name]]
+        assert card.family in line and card.cost in line and card.needs[:8].strip() in line
+
+
+@pytest.mark.parametrize("name", ["cps", "dhc", "supervised"])
+def test_show_tells_the_whole_card_and_the_options(name: str, capsys: pytest.CaptureFixture[str]):
+    assert run("show", name) == 0
+    shown = re.sub(r"\s", "", capsys.readouterr().out)
+    for field, text in asdict(method_card(name)).items():
+        assert field in ("name", "venue") or re.sub(r"\s", "", text) in shown, f"{field} is not shown"
+    for option in component_options("methods", name):
+        assert f"method.{option.name}" in shown
+
+
+@pytest.mark.parametrize("verb", ["['--help']", "['list', 'methods']", "['show', 'dhc']", "['show', 'vnet']"])
+def test_these_come_without_torch(verb: str):
     code = (
-        "import sys; sys.argv = ['tailseg', '--help']; import tailseg.cli as c\ntry: c.main()\nexcept SystemExit: pass"
+        f"import sys; sys.argv = ['tailseg', *{verb}]; import tailseg.cli as c\ntry: c.main()\nexcept SystemExit: pass"
     )
     check = f"{code}\nassert not {{'torch', 'scipy', 'nibabel', 'numpy'}} & set(sys.modules), 'too much is imported'"
     subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
+
+
+def test_teacher_check_says_what_the_weights_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    transformers: Any = pytest.importorskip("transformers", reason="DINOv3 needs the extra tailseg[dino]")
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    net = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**sizes, num_register_tokens=4))
+    net.save_pretrained(tmp_path)
+    (tmp_path / "LICENSE.md").write_text("# DINOv3 License\n")
+    capsys.readouterr()
+    assert run("teacher", "check", tmp_path) == 0
+    captured = capsys.readouterr()
+    told = dict(
+        re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in captured.out.splitlines() if "  " in line.strip()
+    )
+    assert told["patch size"] == "16 pixels" and told["width"] == "24 channels"
+    assert told["layers"] == "3" and told["register tokens"] == "4"
+    assert told["parameters"] == f"{sum(p.numel() for p in net.parameters()):,}"
+    assert told["licence"].startswith("DINOv3 License (LICENSE.md")
+    assert f"can be used: method.teacher={tmp_path}" in captured.out.replace("\n", "")
+    assert not captured.err and "RANDOM" not in captured.out
+
+
+def test_teacher_check_says_how_to_get_weights_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run("teacher", "check", tmp_path / "nowhere") == 1
+    captured = capsys.readouterr()
+    assert not captured.out and "Traceback" not in captured.err
+    for part in (
+        "there is no folder",
+        "DINOv3 License",
+        "hf auth login",
+        "hf download",
+        "random-tiny",
+        "tailseg[dino]",
+    ):
+        assert part in captured.err
+    (tmp_path / "config.json").write_text('{"model_type": "dinov3_convnext"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert run("teacher", "check", tmp_path) == 1
+    assert "ConvNeXt" in capsys.readouterr().err
+
+
+def test_teacher_check_says_that_the_tiny_teacher_is_random(capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("transformers", reason="DINOv3 needs the extra tailseg[dino]")
+    assert run("teacher", "check", "random-tiny") == 0
+    assert "RANDOM WEIGHTS" in capsys.readouterr().out
+
+
+def test_dinomix_without_a_teacher_is_refused_before_the_run(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for options in (["method=dinomix"], ["method=dinomix", "method.teacher=no/where"]):
+        assert run("train", recipe, *options, "--out", tmp_path / "run", "--workers", 1) == 2
+        assert "tailseg teacher check" in capsys.readouterr().err
+        assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+def test_a_run_with_a_random_teacher_carries_its_mark_to_the_scores(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("transformers", reason="DINOv3 needs the extra tailseg[dino]")
+    method = "method={name: dinomix, teacher: random-tiny, slice_size: 16, slices: 1}"
+    out, predictions = tmp_path / "run", tmp_path / "predictions"
+    assert run("train", recipe, method, "--out", out, "--workers", 1) == 0
+    assert "RANDOM TEACHER" in "".join(capsys.readouterr())
+    assert '"random_teacher": 1.0' in (out / "metrics.jsonl").read_text()
+    assert run("predict", out, "test", predictions) == 0
+    assert run("evaluate", predictions, tmp_path / "tiny") == 0
+    assert "RANDOM TEACHER" in json.loads((predictions / "native.json").read_text())["caveat"]
+    checkpoint = (out / "last.pt").read_bytes()
+    assert b"projector" in checkpoint and b"dino." not in checkpoint

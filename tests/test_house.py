@@ -118,7 +118,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 @pytest.mark.parametrize("module", ["tailseg", "tailseg.cli"])
 def test_the_start_loads_nothing_heavy(module):
-    heavy = {"torch", "scipy", "nibabel", "SimpleITK", "tensorboard"}
+    heavy = {"torch", "scipy", "nibabel", "SimpleITK", "tensorboard", "transformers", "huggingface_hub"}
     code = f"import {module}, sys, json; print(json.dumps(list(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

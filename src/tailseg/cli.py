@@ -133,6 +133,10 @@ def list_(
 
     if kind is not None and kind not in KINDS:
         raise typer.BadParameter(f"nothing is listed under '{kind}'. {suggest(kind, KINDS)}")
+    if kind == "methods":
+        console.print(_method_table())
+        console.print("`tailseg show <name>` tells the idea, the algorithm, the deviations and the options.")
+        return
     for each in KINDS if kind is None else (kind,):
         console.print(f"[bold]{each}[/bold]")
         rows = Table.grid(padding=(0, 2), expand=True)
@@ -141,6 +145,26 @@ def list_(
         for name, text in _listing(each).items():
             rows.add_row(f"  {name}", text if kind else text.splitlines()[0])
         console.print(rows)
+
+
+def _method_table() -> Any:
+    """One row a method, grouped by family; cost is the time of a training step relative to supervised."""
+    from rich.table import Table
+
+    from tailseg.components import method_cards, plugins
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("name", style="cyan", no_wrap=True)
+    table.add_column("family", no_wrap=True)
+    for heading in ("venue", "needs"):
+        table.add_column(heading)
+    table.add_column("cost", justify="right", no_wrap=True)
+    for card in method_cards():
+        needs, more, _ = card.needs.partition(";")
+        table.add_row(card.name, card.family, card.venue, needs.rstrip(".") + (" ..." if more else ""), card.cost)
+    for name, entry in plugins("methods").items():
+        table.add_row(name, "plug-in", "", entry.value, "")
+    return table
 
 
 def _listing(kind: str) -> dict[str, str]:
@@ -169,14 +193,15 @@ def show(
     debug: Debug = False,
 ) -> None:
     """A recipe with every default filled in, or a method or network with its options."""
-    from rich.syntax import Syntax
-
     from tailseg.components import builtin_names
     from tailseg.options import OptionError, suggest
-    from tailseg.recipe import load_recipe
 
     path = Path(what) / "recipe.yaml" if Path(what).is_dir() else Path(what)
     if path.is_file():
+        from rich.syntax import Syntax
+
+        from tailseg.recipe import load_recipe
+
         console.print(Syntax(load_recipe(path, overrides or []).to_yaml(), "yaml", background_color="default"))
         return
     for kind in ("methods", "networks"):
@@ -188,16 +213,76 @@ def show(
 
 
 def _show_component(kind: Any, name: str) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
-    from tailseg.components import check_component, find
+    from tailseg.components import component_options, method_card, summary
 
-    made = find(kind, name)
-    console.print((sys.modules[made.__module__].__doc__ or "").strip(), highlight=False)
-    table = Table("option", "default", title=f"options of {name}", title_justify="left")
-    for option, default in check_component(kind, name, {}).items():
-        table.add_row(f"{kind.removesuffix('s')}.{option}", str(default))
+    console.print(f"[bold]{escape(summary(kind, name))}[/bold]", highlight=False)
+    if kind == "methods":
+        card = method_card(name)
+        fields = Table.grid(padding=(0, 2))
+        fields.add_column(style="cyan", no_wrap=True)
+        fields.add_column(overflow="fold")
+        for field in ("paper", "family", "needs", "cost", "idea", "algorithm", "constants", "deviations"):
+            fields.add_row(field, escape(getattr(card, field)))
+        console.print(fields, highlight=False)
+    table = Table("option", "type", "default", "meaning", title=f"options of {name}", title_justify="left")
+    for option in component_options(kind, name):
+        default = "must be set" if option.default is None else option.default
+        key = f"{kind.removesuffix('s')}.{option.name}"
+        table.add_row(key, escape(option.type), escape(default), escape(option.meaning))
     console.print(table)
+
+
+teacher = typer.Typer(
+    name="teacher", help="Foundation models that methods learn from.", no_args_is_help=True, rich_markup_mode="rich"
+)
+cli.add_typer(teacher)
+
+
+@teacher.command()
+def check(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH_OR_ID",
+            help="folder with config.json and model.safetensors; or the name of a model in the local cache of the "
+            "Hugging Face hub, e.g. facebook/dinov3-vitb16-pretrain-lvd1689m; or random-tiny",
+        ),
+    ],
+    debug: Debug = False,
+) -> None:
+    """Can these DINOv3 weights be used, what are they, under which licence? Nothing is downloaded.
+
+    Exits with 0 if a method can learn from them, with 1 if not, and then says how to get weights.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    from tailseg.parts.dense_teacher import DINOv3, TeacherError, licence_of
+
+    model = DINOv3(source)
+    try:
+        parameters = model.try_out()
+    except TeacherError as error:
+        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    facts, folder = model.facts, None if model.is_random else model.folder()
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="cyan", no_wrap=True)
+    rows.add_row("architecture", facts.architecture)
+    rows.add_row("patch size", f"{facts.patch_size} pixels")
+    rows.add_row("width", f"{facts.width} channels")
+    rows.add_row("layers", str(facts.layers))
+    rows.add_row("register tokens", str(facts.registers))
+    rows.add_row("parameters", f"{parameters:,}")
+    rows.add_row("licence", escape(licence_of(folder)) if folder else "none: there are no learnt weights")
+    rows.add_row("read from", escape(str(folder)) if folder else "nowhere: drawn with a fixed seed")
+    console.print(rows)
+    if model.is_random:
+        console.print("[yellow]RANDOM WEIGHTS:[/yellow] they try a method out; no result made with them counts.")
+    console.print(f"can be used: method.teacher={escape(source)}", highlight=False, soft_wrap=True)
 
 
 @cli.command()

@@ -8,7 +8,10 @@ from tailseg.checks import accepted_batch, example_task, make_example
 from tailseg.components import builtin_names, find
 
 METHODS = builtin_names("methods")
-OPTIONS: dict[str, dict[str, Any]] = {"dinomix": {"teacher": "random-tiny"}, "magicnet": {"cubes": 2}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dinomix": {"teacher": "random-tiny", "slice_size": 32, "slices": 2},
+    "magicnet": {"cubes": 2},
+}
 
 
 def fit_recipe(tree: dict[str, Any], name: str, *, side: int = 16, ranks: int = 1) -> dict[str, Any]:
