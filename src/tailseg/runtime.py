@@ -62,7 +62,9 @@ class Runtime:
         if precision == "fp32" or (precision == "auto" and not computes_in_bf16(self.device)):
             return contextlib.nullcontext()
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype)
+        # the cache of cast weights loses their gradient if the first pass over them was one without autograd
+        # (github.com/pytorch/pytorch/pull/165068), as it is in many methods
+        return torch.autocast(self.device.type, dtype, cache_enabled=False)
 
     def place(self, method: Method) -> None:
         """Move the method to the device and layout, and compile its networks in place, so that no name changes."""
