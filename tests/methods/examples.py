@@ -9,8 +9,12 @@ from tailseg.components import builtin_names, find
 
 METHODS = builtin_names("methods")
 OPTIONS: dict[str, dict[str, Any]] = {
+    # a fresh network is confident nowhere; what it learns from pseudo-labels would not be tested
+    "crossmatch": {"tau": 0.0, "loss_weights": [1.0, 0.25, 0.25]},
     "dinomix": {"teacher": "random-tiny", "slice_size": 32, "slices": 2},
+    "fixmatch": {"tau": 0.0},
     "magicnet": {"cubes": 2},
+    "unimatch": {"tau": 0.0, "loss_weights": [1.0, 0.25, 0.25]},
 }
 
 

@@ -90,9 +90,10 @@ def _field_and_gamma(x: Tensor, probability: float) -> Tensor:
     order = torch.arange(terms)
     total = order[:, None, None] + order[:, None] + order
     field = (coefficients.view(-1, terms, terms, terms) * (total <= _FIELD_ORDER)).to(x.device, non_blocking=True)
-    powers = [torch.linspace(-1, 1, side, device=x.device) ** order.to(x.device)[:, None] for side in x.shape[2:]]
-    for power in powers:  # a sum of products of powers: one axis at a time, each moving to the end
-        field = torch.einsum("bi...,is->b...s", field, power)
+    exponents = torch.arange(terms, device=x.device)[:, None]
+    for side in x.shape[2:]:  # a sum of products of powers: one axis at a time, each moving to the end
+        at = torch.linspace(-1, 1, side, device=x.device)
+        field = torch.einsum("bi...,is->b...s", field, at**exponents)
     return x.mul_(field.exp_().unsqueeze(1)).pow_(_column(gamma, x))
 
 
@@ -115,7 +116,8 @@ def _grey(x: Tensor) -> Tensor:
     """(B, 1, H, W) luma of RGB, the mean of any other channels."""
     if x.shape[1] != 3:
         return x.mean(1, keepdim=True)
-    return (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    red, green, blue = x.split(1, 1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def _turn_hue(x: Tensor, turn: Tensor) -> Tensor:
@@ -125,7 +127,8 @@ def _turn_hue(x: Tensor, turn: Tensor) -> Tensor:
     scale = 1 / torch.where(chroma > 0, chroma, 1.0)
     hue = torch.where(value == green, 2 + (blue - red) * scale, 4 + (red - green) * scale)
     hue = torch.where(value == red, (green - blue) * scale, hue) + 6 * turn.squeeze(1)  # sixths of a circle
-    distance = (hue.unsqueeze(1) + hue.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1)) % 6
+    offset = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)  # of red, green and blue
+    distance = (hue.unsqueeze(1) + offset) % 6
     share = torch.minimum(distance, 4 - distance).clamp_(0, 1)
     return value.unsqueeze(1) - chroma.unsqueeze(1) * share
 
