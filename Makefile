@@ -24,7 +24,7 @@ demo: env
 	@echo "the results lie in $(CURDIR)/demo"
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: env
 	$(BIN)/ruff check
