@@ -180,9 +180,11 @@ def _accepts(model: Method, batch: Batch) -> bool:
     try:
         model.check_batch(len(batch.x_l), len(batch.x_u), tuple(batch.x_l.shape[2:]))
     except ValueError as error:
-        assert "data.batch" in str(error), f"check_batch must name data.batch in its error: {error}"
-        return False
-    return True
+        reason = str(error)
+    else:
+        return True
+    assert "data.batch" in reason, f"check_batch must name data.batch in its error: {reason}"
+    return False
 
 
 def _check_predict(method: type[Method], model: Method, batch: Batch) -> None:
