@@ -22,6 +22,7 @@ import torch
 
 from tailseg.components import make_build, make_method
 from tailseg.core import Method, Task
+from tailseg.data.companions import CompanionStore
 from tailseg.data.prepare import prepare_dataset
 from tailseg.data.raw import Case, RawDataset, read_raw
 from tailseg.data.splits import Split, read_split
@@ -89,6 +90,7 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, report: Report 
         method = make_method(recipe.method.name, recipe.method.options, task, build)
         labelled, unlabelled = (count // runtime.ranks for count in recipe.data.batch)
         method.check_batch(labelled, unlabelled if split.unlabelled else 0, recipe.data.patch_size)
+        companions = _companions_once(recipe, runtime, method, training, split, report)
         sampler = PatchSampler(
             training,
             {case: training.shape(case) for case in split.training},
@@ -101,7 +103,13 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, report: Report 
             pad=recipe.data.pad,
             class_odds=method.class_sampling,
         )
-        stream = PatchStream(sampler, workers=recipe.data.workers, rank=runtime.rank, ranks=runtime.ranks)
+        stream = PatchStream(
+            sampler,
+            workers=recipe.data.workers,
+            rank=runtime.rank,
+            ranks=runtime.ranks,
+            companion=companions.cut if companions else None,
+        )
         stack.callback(stream.close)
         watch = stack.enter_context(
             Watch(
@@ -164,6 +172,27 @@ def _prepare_once(recipe: Recipe, runtime: Runtime, report: Report, workers: int
     result = prepare(recipe, report, workers) if runtime.is_main else None
     torch.distributed.barrier()
     return result or prepare(recipe, silent, 1)
+
+
+def _companions_once(
+    recipe: Recipe, runtime: Runtime, method: Method, store: TrainingStore, split: Split, report: Report
+) -> CompanionStore | None:
+    """What the method wants to be told of every training case; the first process asks for it, the others find it done."""
+    companion = method.companion(recipe.data.patch_size)
+    if companion is None:
+        return None
+    if recipe.data.augment.turns:
+        raise OptionError(
+            "data.augment.rotate and data.augment.rot90 turn the patches, but not what was cached of whole scans; leave them"
+            " at 0 and false, or let the teacher see the patches themselves (method.features=live)."
+        )
+    companions = CompanionStore(store, companion)
+    cases = (*split.labelled, *(split.unlabelled if recipe.data.batch[1] else ()))
+    if runtime.is_main:
+        companions.build(cases, runtime.device, report)
+    if runtime.ranks > 1:
+        torch.distributed.barrier()
+    return companions
 
 
 def _validator(recipe: Recipe, store: TrainingStore, split: Split, runtime: Runtime) -> Validator | None:

@@ -1,4 +1,4 @@
-"""The few types that everything else speaks: Task, Batch, Progress, StepOutput, SegNet, Method.
+"""The few types that everything else speaks: Task, Batch, Progress, StepOutput, SegNet, Companion, Method.
 
 Axes are always (B, C, *S) with S = (D, H, W) in 3D and (H, W) in 2D. K counts the classes, background included.
 """
@@ -6,10 +6,11 @@ Axes are always (B, C, *S) with S = (D, H, W) in 3D and (H, W) in 2D. K counts t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +55,8 @@ class Batch:
     x_l: Tensor  # (B_l, C, *S) labelled images, weakly augmented
     y_l: Tensor  # (B_l, *S) int64; IGNORE marks voxels nobody annotated
     x_u: Tensor  # (B_u, C, *S) unlabelled images, weakly augmented; B_u may be 0
+    # (B_l + B_u, C_t, k, g, g) what a frozen teacher says of these patches, labelled first; None unless the method asked
+    features: Tensor | None = None
 
     @property
     def x(self) -> Tensor:
@@ -65,6 +68,7 @@ class Batch:
             self.x_l.to(device, non_blocking=True, memory_format=memory_format),
             self.y_l.to(device, non_blocking=True),
             self.x_u.to(device, non_blocking=True, memory_format=memory_format),
+            None if self.features is None else self.features.to(device, non_blocking=True),
         )
 
 
@@ -163,6 +167,28 @@ class BuildNetwork(Protocol):
     ) -> SegNet: ...
 
 
+class Companion(Protocol):
+    """What a frozen teacher says of whole scans: made once, kept in the store, and cut beside every patch.
+
+    key: a file name for all that the arrays depend on besides the prepared scan: the teacher, its weights, its options.
+    """
+
+    @property
+    def key(self) -> str: ...
+
+    def encode(self, scans: Iterable[Tensor]) -> Iterator[np.ndarray]:
+        """Scans (C, D, H, W), on the device that shall do it -> their arrays (D, g_y, g_x, C_t) float16, one after the
+        other; the teacher need not outlive the last."""
+        ...
+
+    def cut(
+        self, array: np.ndarray, shape: tuple[int, ...], start: tuple[int, ...], patch_size: tuple[int, ...]
+    ) -> Tensor:
+        """(C_t, k, g, g) for the patch at voxel start (d, h, w) of a scan of this shape; called from several threads. The
+        patch may reach beyond the scan. Mirrored patches mirror their k, g, g."""
+        ...
+
+
 class Method(nn.Module, ABC):
     """One algorithm. What it remembers is a submodule or a buffer, so that state_dict() is its whole state.
 
@@ -191,6 +217,10 @@ class Method(nn.Module, ABC):
 
     def class_sampling(self) -> Tensor | None:
         """(K,) odds of the class at the centre of the next labelled patches; None leaves it to the recipe."""
+        return None
+
+    def companion(self, patch_size: tuple[int, ...]) -> Companion | None:
+        """What fills Batch.features; None leaves them None. patch_size: (d, h, w) or (h, w), as the recipe has it."""
         return None
 
     def caveat(self) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tailseg.core import IGNORE, Batch
-from tailseg.data.augment import Augment
+from tailseg.data.augment import Augment, Axis
 
 
 def batch(shape: tuple[int, ...]) -> Batch:
@@ -37,6 +37,27 @@ def test_flip_along_one_axis_only():
     moved = Augment(flip=("d",))(given)
     for before, after in zip(given.y_l, moved.y_l, strict=True):
         assert torch.equal(after, before) or torch.equal(after, before.flip(0))
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 6, 6)])
+def test_features_are_mirrored_with_their_patches(shape: tuple[int, ...]):
+    given = batch(shape)
+    features = torch.cat([given.x_l, given.x_u]).reshape(16, 1, -1, 6, 6)  # the patches themselves
+    flip: tuple[Axis, ...] = ("h", "w") if len(shape) == 2 else ("d", "h", "w")
+    torch.manual_seed(0)
+    moved = Augment(flip=flip)(Batch(given.x_l, given.y_l, given.x_u, features))
+    assert moved.features is not None and not torch.equal(moved.features, features)
+    assert torch.equal(moved.features, torch.cat([moved.x_l, moved.x_u]).reshape(16, 1, -1, 6, 6))
+    torch.manual_seed(0)
+    without = Augment(flip=flip)(given)
+    assert without.features is None and torch.equal(without.x_u, moved.x_u)
+
+
+def test_features_are_never_turned():
+    given = batch((6, 6))
+    with pytest.raises(AssertionError, match="cannot be turned"):
+        Augment(rot90=True)(Batch(given.x_l, given.y_l, given.x_u, torch.zeros(16, 2, 1, 3, 3)))
+    assert not Augment(flip=("h",)).turns and Augment(rotate=1.0).turns and Augment(rot90=True).turns
 
 
 def test_rotation_turns_about_the_centre_and_marks_the_outside():

@@ -139,6 +139,42 @@ def test_a_patch_larger_than_a_case_is_refused_by_name_or_padded():
     assert (batch.y_l[:, 1:7] != IGNORE).all()
 
 
+def told(patch: PatchRequest, extent: tuple[int, ...]) -> Tensor:
+    """A companion's features that say which patch they are of."""
+    return torch.tensor(["abcd".index(patch.case), *patch.start, *extent]).reshape(7, 1, 1, 1)
+
+
+@pytest.mark.parametrize("patch_size", [(4, 4, 4), (4, 4)])
+def test_a_companion_is_cut_beside_every_patch_labelled_first(patch_size: tuple[int, ...]):
+    batch, request = next(PatchStream(sampler(patch_size=patch_size), companion=told))
+    extent = (4, 4, 4) if len(patch_size) == 3 else (1, 4, 4)
+    assert batch.features is not None
+    assert torch.equal(batch.features, torch.stack([told(patch, extent) for part in request for patch in part]))
+    assert next(PatchStream(sampler(patch_size=patch_size))).batch.features is None
+
+
+def test_a_resumed_stream_cuts_the_companion_of_the_pending_batches():
+    unbroken, resumed = PatchStream(sampler(), companion=told), PatchStream(sampler(), companion=told)
+    next(unbroken)
+    resumed.load_state_dict(unbroken.state_dict())
+    for _ in range(5):
+        first, second = next(unbroken).batch.features, next(resumed).batch.features
+        assert first is not None and second is not None and torch.equal(first, second)
+
+
+def test_two_ranks_share_the_companion_of_one_batch():
+    whole = next(PatchStream(sampler(), companion=told)).batch.features
+    halves = [next(PatchStream(sampler(), rank=rank, ranks=2, companion=told)).batch.features for rank in (0, 1)]
+    for rank, half in enumerate(halves):
+        assert whole is not None and half is not None
+        assert torch.equal(half, whole[rank::2])  # one labelled, one unlabelled patch each
+
+
+def test_a_batch_moves_with_its_companion():
+    batch = next(PatchStream(sampler(), companion=told)).batch.to(torch.device("meta"))
+    assert batch.features is not None and batch.features.device.type == batch.x_u.device.type == "meta"
+
+
 def test_cut_pads_only_outside():
     volume = np.arange(8).reshape(2, 2, 2)
     patch = cut(volume, PatchRequest("a", (-1, 0, 1)), (2, 2, 2), fill=-5)

@@ -225,3 +225,53 @@ def test_labelled_patches_without_annotation_still_distil():
     blank = Batch(batch.x_l, torch.full_like(batch.y_l, 255), batch.x_u[:0])
     losses = make(mixer="none")(blank, FIRST_STEP).losses
     assert losses["sup"] == 0 and losses["fkd"] > 0
+
+
+@pytest.mark.parametrize("spatial_dims", [3, 2])
+def test_cached_features_of_whole_slices_teach_what_live_ones_do(spatial_dims: int):
+    distances = []
+    for features in ("live", "cached"):
+        method = make(spatial_dims, features=features, mixer="none")
+        batch = example_batch(method.task)
+        companion = method.companion((16,) * spatial_dims)
+        if features == "cached":
+            assert companion is not None and method.dino is not None
+            scans = batch.x if spatial_dims == 3 else batch.x.unsqueeze(2)
+            shape = tuple(scans.shape[2:])
+            cuts = [companion.cut(array, shape, (0, 0, 0), shape) for array in companion.encode(scans)]
+            batch = Batch(batch.x_l, batch.y_l, batch.x_u, torch.stack(cuts))
+            method.dino.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was asked again"))
+        else:
+            assert companion is None
+        torch.manual_seed(0)
+        output = method(batch, LATER_STEP)
+        assert "random_teacher" in output.logs
+        distances.append(output.losses["fkd"])
+    torch.testing.assert_close(distances[1], distances[0], atol=1e-4, rtol=0)
+
+
+def test_cached_features_decide_the_distance_by_patch_and_slice():
+    method = make(features="cached", mixer="none", slices=2)
+    batch = example_batch(TASK)
+    features = torch.randn(4, 32, 2, 2, 2)
+
+    def distance(features: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return method(Batch(batch.x_l, batch.y_l, batch.x_u, features), LATER_STEP).losses["fkd"]
+
+    torch.testing.assert_close(distance(features.half()), distance(features), atol=1e-3, rtol=0)
+    assert distance(features) != distance(features.flip(0)) != distance(features.flip(2))
+
+
+def test_zero_features_of_padding_teach_nothing():
+    method = make(features="cached")
+    batch = example_batch(TASK)
+    output = method(Batch(batch.x_l, batch.y_l, batch.x_u, torch.zeros(4, 32, 3, 2, 2)), LATER_STEP)
+    output.losses["fkd"].backward()
+    assert all(p.grad is None or p.grad.abs().max() < 1e-6 for p in method.parameters())
+
+
+def test_cached_features_that_are_not_there_are_missed():
+    with pytest.raises(ValueError, match=r"method\.features=cached learns from Batch\.features(.|\n)*take live"):
+        make(features="cached")(example_batch(TASK), LATER_STEP)
+    assert make(features="cached", fkd_weight=0.0).companion((16, 16, 16)) is None

@@ -2,6 +2,9 @@
 
 Parameters are drawn from torch's CPU generator (whose state is in the checkpoint) and then applied to image and label
 alike. By default nothing is done: the published abdominal runs used no augmentation.
+
+A teacher's features of the patch are mirrored with it. That is not quite what the teacher says of a mirrored patch: no vision
+transformer is equivariant, and along d the slices that were read may end up one off. They cannot be turned.
 """
 
 from __future__ import annotations
@@ -33,16 +36,26 @@ class Augment(BaseModel):
     def __call__(self, batch: Batch) -> Batch:
         if not (self.flip or self.rot90 or self.rotate):
             return batch
-        x_l, y_l = self._apply(batch.x_l, batch.y_l)
+        n = len(batch.x_l)
+        features = (None, None) if batch.features is None else (batch.features[:n], batch.features[n:])
+        x_l, y_l, features_l = self._apply(batch.x_l, batch.y_l, features[0])
         # unlabelled images bring a label nobody reads, so that both halves go one way
-        x_u, _ = self._apply(batch.x_u, torch.zeros_like(batch.x_u[:, 0]).long())
-        return Batch(x_l, y_l, x_u)
+        x_u, _, features_u = self._apply(batch.x_u, torch.zeros_like(batch.x_u[:, 0]).long(), features[1])
+        if features_l is None or features_u is None:
+            return Batch(x_l, y_l, x_u)
+        return Batch(x_l, y_l, x_u, torch.cat([features_l, features_u]))
 
-    def _apply(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (B, C, *S). y: (B, *S)."""
+    @property
+    def turns(self) -> bool:
+        return self.rot90 or self.rotate > 0
+
+    def _apply(self, x: Tensor, y: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x: (B, C, *S). y: (B, *S). features: (B, C_t, k, g, g), whose last axes are those of S."""
+        assert features is None or not self.turns, "features cannot be turned"
         names = "dhw"[-(x.dim() - 2) :]
         images: list[Tensor] = []
         labels: list[Tensor] = []
+        told: list[Tensor] = []
         for index in range(len(x)):
             image, label = x[index], y[index]
             axes = [names.index(axis) - len(names) for axis in self.flip if torch.rand(()) < 0.5]
@@ -51,11 +64,14 @@ class Augment(BaseModel):
             angle = angle if torch.rand(()) < 0.5 else 0.0
             images.append(_rotate(torch.rot90(image.flip(axes), turns, (-2, -1)), angle, "bilinear"))
             labels.append(_rotate_label(torch.rot90(label.flip(axes), turns, (-2, -1)), angle))
+            if features is not None:
+                told.append(features[index].flip(axes))
         if not images:
-            return x, y
+            return x, y, features
         memory_format = torch.channels_last_3d if x.dim() == 5 else torch.channels_last
         keep = memory_format if len(x) and x.is_contiguous(memory_format=memory_format) else torch.contiguous_format
-        return torch.stack(images).contiguous(memory_format=keep), torch.stack(labels)
+        moved = torch.stack(images).contiguous(memory_format=keep), torch.stack(labels)
+        return *moved, torch.stack(told) if told else None
 
 
 def _rotate(image: Tensor, degrees: float, mode: str) -> Tensor:

@@ -6,6 +6,7 @@
     <store>/cases/<case>/label.npy       (D, H, W) uint8, of labelled cases
     <store>/cases/<case>/positions.npz   up to 1000 voxels of every class, of labelled cases
     <store>/cases/<case>/case.json       this case's entry of the index
+    <store>/cases/<case>/<key>.npy       what a frozen teacher says of this case (tailseg.data.companions)
 
 A case's folder appears when it is complete, and the index last of all.
 """
@@ -171,6 +172,16 @@ class Store:
             raise DataError(f"Case '{case}' of {self.path} has no label.")
         return counts
 
+    def companion(self, case: str, key: str) -> np.ndarray:
+        """What the companion of this key said of the case. Raises DataError where it was not asked."""
+        self.info(case)
+        return self._array(case, f"{key}.npy")
+
+    def companion_path(self, case: str, key: str) -> Path:
+        """Beside the image, so that it goes when the case is prepared anew or withdrawn."""
+        self.info(case)
+        return self.path / "cases" / case / f"{key}.npy"
+
     def shape(self, case: str) -> Shape:
         return self.info(case).shape
 
@@ -241,6 +252,10 @@ class TrainingStore:
         return TrainingStore, (self._store, self._split)
 
     @property
+    def path(self) -> Path:
+        return self._store.path
+
+    @property
     def classes(self) -> tuple[str, ...]:
         return self._store.classes
 
@@ -267,6 +282,16 @@ class TrainingStore:
         """(K,) voxels of each class, without IGNORE."""
         self._check(case, label=True)
         return self._store.class_voxels(case)
+
+    def companion(self, case: str, key: str) -> np.ndarray:
+        """As in Store."""
+        self._check(case)
+        return self._store.companion(case, key)
+
+    def companion_path(self, case: str, key: str) -> Path:
+        """As in Store."""
+        self._check(case)
+        return self._store.companion_path(case, key)
 
     def shape(self, case: str) -> Shape:
         self._check(case)

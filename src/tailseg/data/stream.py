@@ -169,18 +169,26 @@ class PatchStream:
     """Endless batches of this rank's share of the global batch, cut ahead of time by threads.
 
     What was drawn but not handed out is part of state_dict(), so a resumed run sees the very patches of the unbroken one,
-    however the odds of the classes moved in between.
+    however the odds of the classes moved in between. companion: cuts Batch.features of a patch with these sides.
     """
 
     AHEAD = 3  # batches drawn before they are asked for; part of the run's arithmetic when class odds change, so fixed
 
-    def __init__(self, sampler: PatchSampler, *, workers: int = 2, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        sampler: PatchSampler,
+        *,
+        workers: int = 2,
+        rank: int = 0,
+        ranks: int = 1,
+        companion: Callable[[PatchRequest, Shape], Tensor] | None = None,
+    ) -> None:
         for name, count in zip(("labelled", "unlabelled"), sampler.batch, strict=True):
             if count % ranks:
                 raise ValueError(
                     f"data.batch holds {count} {name} patches, which {ranks} processes cannot share evenly."
                 )
-        self.sampler, self.rank, self.ranks = sampler, rank, ranks
+        self.sampler, self.rank, self.ranks, self.companion = sampler, rank, ranks, companion
         self.pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="patches")
         self.queue: deque[tuple[PatchBatchRequest, Future[Batch]]] = deque()
 
@@ -211,9 +219,12 @@ class PatchStream:
         for row, patch in zip(y, request.labelled, strict=True):
             row.copy_(torch.from_numpy(cut(source.label(patch.case), patch, extent, IGNORE)))
         x_l, x_u = images(request.labelled), images(request.unlabelled)
+        features = None
+        if self.companion is not None:
+            features = torch.stack([self.companion(patch, extent) for part in request for patch in part])
         if self.sampler.spatial_dims == 2:
-            return Batch(x_l.squeeze(2), y.squeeze(1), x_u.squeeze(2))
-        return Batch(x_l, y, x_u)
+            return Batch(x_l.squeeze(2), y.squeeze(1), x_u.squeeze(2), features)
+        return Batch(x_l, y, x_u, features)
 
     def state_dict(self) -> dict[str, Any]:
         pending = [[[asdict(patch) for patch in part] for part in request] for request, _ in self.queue]

@@ -4,7 +4,7 @@ Paper: after X. Liu, G. Sun, "DINO-Mix: Distilling Foundational Knowledge with C
     Class-imbalanced Medical Image Segmentation", arXiv 2026 (re-designed), https://arxiv.org/abs/2602.07819
 Family: distillation
 Needs: DINOv3 weights (gated) and an EMA teacher (no gradients); see `tailseg teacher check`
-Cost: x?
+Cost: x3.0
 Idea: Semi-supervised learning recycles its own bias: a class that it fails to see never enters its pseudo-labels. Features
     of a foundation model that knows nothing of this data set (FKD) and boxes pasted around rare classes first and around
     all classes later (PIC) come from outside of that circle.
@@ -21,7 +21,9 @@ Algorithm:
     optimiser step, then g <- 0.99 g + 0.01 f
 Constants: ours; the paper's formulas, layers, weights and schedules are not public. The transform of the images is DINOv3's
 Deviations: everything but the two ideas is our design, and no result of it is a result of the paper. Known of the paper are a
-    frozen DINOv3, a normalised feature distance, and a CutMix that turns from the tail to uniform on both subsets.
+    frozen DINOv3, a normalised feature distance, and a CutMix that turns from the tail to uniform on both subsets. Cached
+    features are another view of the teacher than live ones: it sees whole slices of the scan, so what surrounds a patch, once
+    and before any augmentation; their range is the scan's, their flips are approximate, and padding teaches nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tailseg.core import Batch, BuildNetwork, Method, Progress, StepOutput, Task
+from tailseg.core import Batch, BuildNetwork, Companion, Method, Progress, StepOutput, Task
 from tailseg.options import OptionError
 from tailseg.parts.counts import count_classes
 from tailseg.parts.dense_teacher import (
@@ -52,17 +54,20 @@ from tailseg.parts.losses import ce_soft_dice, log_softmax, masked_cross_entropy
 from tailseg.parts.mixing import MixerSpec, Samples, make_mixer
 from tailseg.parts.perturb import strong_view
 from tailseg.parts.ramps import ramp_over
+from tailseg.parts.slice_features import SliceFeatures
 from tailseg.parts.teachers import Teacher
 
 
 @final
 class DINOMix(Method):
     """teacher: DINOv3 weights, as `tailseg teacher check` takes them. fkd_weight: of L_FKD; with 0 no DINOv3 is needed, and it
-    is a Mean Teacher with PIC. fkd_schedule: cosine lets L_FKD fall to 0 over the run. slices: K, of each patch. slice_size:
-    sides of what DINOv3 sees, a multiple of 16. context: channels of a grey slice z, [z - 1, z, z + 1] or thrice z. stage: of
-    the encoder, 1 is the finest, 4 has stride 8. uniqueness: places weigh by how unlike the rest of their slice DINOv3 finds
-    them. mixer: none, cutmix or pic. confidence: of the pseudo-labels that teach. start: w_u at the start of the run. ramp:
-    share of the run over which w_u rises to 1. ema_mode: of the EMA teacher, see tailseg.parts.teachers.Teacher."""
+    is a Mean Teacher with PIC. fkd_schedule: cosine lets L_FKD fall to 0 over the run. features: live shows DINOv3 the patches
+    of every step; cached shows it every slice of the scans once, before training, and keeps its features in the store.
+    slices: K, of each patch. slice_size: sides of what DINOv3 sees of a patch, a multiple of 16. context: channels of a grey
+    slice z, [z - 1, z, z + 1] or thrice z. stage: of the encoder, 1 is the finest, 4 has stride 8. uniqueness: places weigh by
+    how unlike the rest of their slice DINOv3 finds them. mixer: none, cutmix or pic. confidence: of the pseudo-labels that
+    teach. start: w_u at the start of the run. ramp: share of the run over which w_u rises to 1. ema_mode: of the EMA teacher,
+    see tailseg.parts.teachers.Teacher."""
 
     def __init__(
         self,
@@ -72,6 +77,7 @@ class DINOMix(Method):
         teacher: str = "",
         fkd_weight: float = 0.5,
         fkd_schedule: Literal["constant", "cosine"] = "constant",
+        features: Literal["live", "cached"] = "live",
         slices: int = 8,
         slice_size: int = 224,
         context: Literal["neighbours", "repeat"] = "neighbours",
@@ -90,7 +96,7 @@ class DINOMix(Method):
         self.mixer = make_mixer(mixer, task)
         self.confidence, self.start, self.ramp = confidence, start, ramp
         self.fkd_weight, self.fkd_schedule, self.uniqueness = fkd_weight, fkd_schedule, uniqueness
-        self.slices, self.slice_size = slices, slice_size
+        self.cached, self.slices, self.slice_size = features == "cached", slices, slice_size
         self.context: Literal["neighbours", "repeat"] = context
         self.stage = stage - 1
         channels = self.net.feature_channels
@@ -109,6 +115,13 @@ class DINOMix(Method):
     def check_batch(self, labelled: int, unlabelled: int, patch_size: tuple[int, ...]) -> None:
         if self.dino is not None:
             self.dino.check()  # not at construction: a trained run predicts where the weights are not
+
+    def companion(self, patch_size: tuple[int, ...]) -> Companion | None:
+        if self.dino is None or not self.cached:
+            return None
+        return SliceFeatures(
+            self.dino.source, patch_size, slices=self.slices, slice_size=self.slice_size, context=self.context
+        )
 
     def step(self, batch: Batch, progress: Progress) -> StepOutput:
         x, n = batch.x, len(batch.x_l)
@@ -131,7 +144,8 @@ class DINOMix(Method):
             losses["unsup"] = weight * unsup / 2
             logs |= {"kept": kept.float().mean(), "unsup_weight": unsup.new_full((), weight)}
         if self.dino is not None:
-            distance = self._feature_distance(self.dino, x, features[self.stage][: len(x)])
+            taught = self._cached_features(batch) if self.cached else self._live_features(self.dino, x)
+            distance = self._feature_distance(taught, features[self.stage][: len(x)], x)
             losses["fkd"] = self.distillation_weight(progress) * distance
             logs["feature_distance"] = distance.detach()  # about 2 at first; distrust a run where it stays above 1
             if self.dino.is_random:
@@ -144,15 +158,26 @@ class DINOMix(Method):
         logits = self.ema(x_u).logits  # (B_u, K, *S)
         return Samples(x_u, logits.argmax(1), log_softmax(logits).amax(1).exp())
 
-    def _feature_distance(self, dino: DenseTeacher, x: Tensor, features: Tensor) -> Tensor:
-        """x: (B, C, *S). features: (B, C_s, *s) of the student."""
-        depth = x.shape[2] if self.task.spatial_dims == 3 else 1
-        positions = slice_positions(depth, self.slices)
-        images = slices_as_rgb(x, positions, self.context)  # (B * slices, 3, H, W)
+    def _positions(self, x: Tensor) -> list[int]:
+        return slice_positions(x.shape[2] if self.task.spatial_dims == 3 else 1, self.slices)
+
+    def _live_features(self, dino: DenseTeacher, x: Tensor) -> Tensor:
+        """(B * slices, C_t, g, g)"""
+        images = slices_as_rgb(x, self._positions(x), self.context)  # (B * slices, 3, H, W)
         size = (self.slice_size, self.slice_size)
-        taught = dino(F.interpolate(images, size=size, mode="bilinear", antialias=True))  # (B * slices, C_t, g, g)
+        return dino(F.interpolate(images, size=size, mode="bilinear", antialias=True))
+
+    def _cached_features(self, batch: Batch) -> Tensor:
+        """(B * slices, C_t, g, g)"""
+        if batch.features is None:
+            raise ValueError("method.features=cached learns from Batch.features, which tailseg train fills; take live.")
+        return batch.features.transpose(1, 2).flatten(0, 1)
+
+    def _feature_distance(self, taught: Tensor, features: Tensor, x: Tensor) -> Tensor:
+        """taught: (B * slices, C_t, g, g). features: (B, C_s, *s) of the student, of the patches x."""
+        depth = x.shape[2] if self.task.spatial_dims == 3 else 1
         # a projection of every place commutes with reading between places, and reading is cheaper in fewer channels
-        seen = read_slices(features, positions, depth, taught.shape[2:])  # (B * slices, C_s, g, g)
+        seen = read_slices(features, self._positions(x), depth, taught.shape[2:])  # (B * slices, C_s, g, g)
         learnt = self.projector(seen.flatten(2).transpose(1, 2))  # (B * slices, g * g, C_t)
         return feature_distance(learnt, taught.flatten(2).transpose(1, 2), uniqueness=self.uniqueness)
 

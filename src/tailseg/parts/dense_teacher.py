@@ -8,6 +8,7 @@ Hugging Face hub, never downloaded, never bundled, never part of a checkpoint.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
@@ -146,6 +147,17 @@ class DINOv3(nn.Module):
             made = _make_tiny() if self.is_random else _load(self.folder(), self.facts)
             self._hidden.append(made.requires_grad_(False).eval())
         return self._hidden[0]
+
+    def fingerprint(self) -> str:
+        """Digest of the weights: the same wherever they lie, another when a file changes. Raises TeacherError."""
+        if self.is_random:  # drawn, so they hang on the versions of torch and transformers
+            parts = [tensor.numpy(force=True).tobytes() for tensor in self.load().state_dict().values()]
+        else:
+            folder, parts = self.folder(), []
+            for path in (folder / "config.json", *sorted(folder.glob("*.safetensors"))):
+                with path.open("rb") as file:
+                    parts.append(hashlib.file_digest(file, "sha256").digest())
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def try_out(self) -> int:
         """Read the weights and pass an image through; returns how many numbers they are. Raises TeacherError."""

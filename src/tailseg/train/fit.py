@@ -203,7 +203,8 @@ class Trainer:
         cases = sorted({patch.case for part in request for patch in part})
         path = self.folder / "bad_batch.pt"
         if self.runtime.is_main:
-            save_checkpoint(path, {"x_l": batch.x_l, "y_l": batch.y_l, "x_u": batch.x_u, "cases": cases})
+            extra = {} if batch.features is None else {"features": batch.features}
+            save_checkpoint(path, {"x_l": batch.x_l, "y_l": batch.y_l, "x_u": batch.x_u, "cases": cases, **extra})
         names = ", ".join(f"'{name}' is {value}" for name, value in broken.items())
         raise NonFiniteLoss(
             f"Loss {names} at step {step}, on patches of {', '.join(cases)}. The batch is saved in {path}, the last good "
