@@ -15,7 +15,15 @@ from tailseg.core import Batch, BuildNetwork, Method, Progress, StepOutput, Task
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize(("num_classes", "in_channels", "spatial_dims"), [(2, 1, 3), (4, 3, 2), (14, 1, 3), (4, 1, 3)])
+@pytest.mark.parametrize(
+    ("num_classes", "in_channels", "spatial_dims"),
+    [
+        (2, 1, 2),
+        (4, 3, 3),
+        (14, 1, 2),
+        *(pytest.param(*task, marks=pytest.mark.slow) for task in [(2, 1, 3), (4, 3, 2), (14, 1, 3)]),
+    ],
+)
 def test_method_keeps_the_contract(name: str, num_classes: int, in_channels: int, spatial_dims: int):
     task = example_task(num_classes, in_channels, spatial_dims)
     check_method(find("methods", name), task, **OPTIONS.get(name, {}))

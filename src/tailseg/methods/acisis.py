@@ -4,7 +4,7 @@ Paper: H. Basak, S. Ghosal, R. Sarkar, "Addressing Class Imbalance in Semi-super
     MRI", MICCAI 2022, https://arxiv.org/abs/2209.00123
 Family: class balancing
 Needs: an EMA teacher (no gradients)
-Cost: x?
+Cost: x2.2
 Idea: Entropy, confidence and margin of each class on the labelled patches are fused, once per epoch, by a fuzzy-rank rule
     into one confidence per class. The student learns the teacher's hard labels in a random part of the unlabelled voxels,
     the smaller the more confident their class is.

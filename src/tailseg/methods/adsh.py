@@ -4,7 +4,7 @@ Paper: L.-Z. Guo, Y.-F. Li, "Class-Imbalanced Semi-Supervised Learning with Adap
     https://proceedings.mlr.press/v162/guo22e.html
 Family: pseudo-labels
 Needs: two networks
-Cost: x?
+Cost: x4.0
 Idea: one confidence threshold for all classes lets hardly any pseudo-label of a rare class pass. A fixed threshold tells
     which share rho of the most frequent class passes, and each class gets the threshold that the same share of it passes.
 Algorithm:

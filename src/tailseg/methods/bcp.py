@@ -4,7 +4,7 @@ Paper: Y. Bai, D. Chen, Q. Li, W. Shen, Y. Wang, "Bidirectional Copy-Paste for S
     CVPR 2023, https://arxiv.org/abs/2305.00673
 Family: mixing
 Needs: an EMA teacher (no gradients); data.batch with an even number of labelled patches and as many unlabelled ones
-Cost: x?
+Cost: x2.7
 Idea: one box of an unlabelled image is filled from a labelled one and the other way round, so that the network never sees
     the two kinds of images apart. Labels are mixed alike; where the image is unlabelled they are the teacher's, and weigh less.
 Algorithm:

@@ -4,7 +4,7 @@ Paper: Y. Lin, H. Yao, Z. Li, G. Zheng, X. Li, "Calibrating Label Distribution f
     Segmentation", MICCAI 2022, https://arxiv.org/abs/2205.03644
 Family: class balancing
 Needs: two networks
-Cost: x?
+Cost: x4.0
 Idea: fixed weights make up for the few voxels of rare classes in the labelled scans. Each network learns from a random part
     of the other's predictions, and the larger a part of a class, the less confident the network is on its labelled voxels.
 Algorithm:

@@ -4,7 +4,7 @@ Paper: X. Chen, Y. Yuan, G. Zeng, J. Wang, "Semi-Supervised Semantic Segmentatio
     https://arxiv.org/abs/2106.01226
 Family: co-training
 Needs: two networks
-Cost: x?
+Cost: x3.7
 Idea: Two networks of one architecture and different initial weights see the same patches. Each learns from the labels where
     there are any, and from the other's hard predictions everywhere.
 Algorithm:

@@ -4,7 +4,7 @@ Paper: C. Wei, K. Sohn, C. Mellina, A. Yuille, F. Yang, "CReST: A Class-Rebalanc
     Semi-Supervised Learning", CVPR 2021, https://arxiv.org/abs/2102.09559
 Family: class balancing
 Needs: two networks
-Cost: x?
+Cost: x3.6
 Idea: the classes that are rare among the predictions deserve the rate at which the frequent ones are seen. Each network
     ranks the classes by the voxels it gives them on unlabelled patches and deals their rates out in reverse order, as the
     class weights of all its losses.

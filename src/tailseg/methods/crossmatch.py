@@ -4,7 +4,7 @@ Paper: B. Zhao, C. Wang, S. Ding, "CrossMatch: Enhance Semi-Supervised Medical I
     Strategies and Knowledge Distillation", JBHI 2024, https://arxiv.org/abs/2405.00354
 Family: consistency
 Needs: nothing but one network; an even number of unlabelled images
-Cost: x?
+Cost: x6.5
 Idea: A weak and two strong views of each unlabelled image are decoded with all, most or few of their feature channels. The
     clean decode of the weak view teaches all others, and each of its dropped decodes the like one of a strong view.
 Algorithm:

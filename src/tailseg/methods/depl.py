@@ -4,7 +4,7 @@ Paper: X. Wang, Z. Wu, L. Lian, S. X. Yu, "Debiased Learning from Naturally Imba
     https://arxiv.org/abs/2201.01490
 Family: pseudo-labels
 Needs: two networks
-Cost: x?
+Cost: x4.0
 Idea: a network that has come to prefer some classes on unlabelled patches hands this preference on in its pseudo-labels.
     The log of the running mean of its predictions is subtracted from its logits before they become pseudo-labels, and only
     confident ones of these are learnt.

@@ -4,7 +4,7 @@ Paper: H. Wang, X. Li, "DHC: Dual-debiased Heterogeneous Co-training Framework f
     Image Segmentation", MICCAI 2023, https://arxiv.org/abs/2307.11960
 Family: class balancing
 Needs: two networks
-Cost: x?
+Cost: x3.8
 Idea: Cross pseudo supervision in which the two networks weigh the classes differently: A by how hard a class is to learn
     (DiffDW, measured on the labelled patches), B by how rare it is among its own pseudo-labels (DistDW, on the unlabelled
     ones). The weights fight the imbalance, their difference keeps the networks apart.

@@ -4,7 +4,7 @@ Paper: B. Chen, J. Jiang, X. Wang, P. Wan, J. Wang, M. Long, "Debiased Self-Trai
     NeurIPS 2022, https://arxiv.org/abs/2202.07136
 Family: co-training
 Needs: three decoders on each of two networks
-Cost: x?
+Cost: x6.2
 Idea: One head makes pseudo-labels, another is trained with them, so that their errors do not feed themselves. A third head
     seeks the worst case, right on labelled and wrong on unlabelled images, and the encoder is trained against it.
 Algorithm:

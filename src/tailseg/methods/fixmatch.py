@@ -4,7 +4,7 @@ Paper: K. Sohn, D. Berthelot, C.-L. Li, et al., "FixMatch: Simplifying Semi-Supe
     Confidence", NeurIPS 2020, https://arxiv.org/abs/2001.07685
 Family: consistency
 Needs: nothing but one network
-Cost: x?
+Cost: x2.5
 Idea: Where the network is sure of an unlabelled image, its prediction is a label for the same image with changed
     intensities. A threshold on its confidence starts with the easy voxels and lets the others in as the network learns.
 Algorithm:

@@ -4,7 +4,7 @@ Paper: W. Qi, J. Wu, S. C. Chan, "Gradient-Aware for Class-Imbalanced Semi-super
     https://doi.org/10.1007/978-3-031-73001-6_27
 Family: class balancing
 Needs: two networks (the authors': V-Net, width 16, batch norm, dropout 0)
-Cost: x?
+Cost: x3.6
 Idea: Imbalance shows in the gradients: plain Dice gives none to a class that is absent from the patch, so that its false
     positives are free, and cross-entropy lets large classes dominate. Two losses repair this in cross pseudo supervision.
 Algorithm:

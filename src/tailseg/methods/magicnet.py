@@ -5,7 +5,7 @@ Paper: D. Chen, Y. Bai, W. Shen, Q. Li, L. Yu, Y. Wang, "MagicNet: Semi-Supervis
 Family: mixing
 Needs: an EMA teacher (no gradients); data.patch_size in multiples of cubes times what the network divides by (48 = 3 x 16); a
     network with instance normalisation and no dropout, as the authors' (cubes and volumes would share running statistics)
-Cost: x?
+Cost: x5.6
 Idea: organs lie at the same place in every scan, so cubes at one location are exchanged across the batch and put back after
     the network, and single cubes must name their location. Pseudo-labels blend the teacher with the cube-wise predictions: the
     more frequent a class, the more the cubes decide.

@@ -3,7 +3,7 @@
 Paper: A. Tarvainen, H. Valpola, "Mean teachers are better role models", NeurIPS 2017, https://arxiv.org/abs/1703.01780
 Family: mean teacher
 Needs: an EMA teacher (no gradients)
-Cost: x?
+Cost: x2.3
 Idea: A teacher whose weights are the exponential average of the student's predicts the unlabelled patches under input noise.
     The student matches its probabilities by mean squared error, with a weight that rises over the run.
 Algorithm:

@@ -4,7 +4,7 @@ Paper: Y. Su, Y. Zhong, K. Zhu, Z. Zhang, Z. Zhang, Y. Wang, Y. Zhang, J. Liu, "
     Debiasing Semi-Supervised Medical Image Segmentation", arXiv 2026, https://arxiv.org/abs/2603.05202
 Family: plug-in
 Needs: what its host needs (galoss, cps, dhc or magicnet)
-Cost: x?
+Cost: x4.1
 Idea: Each class owns a learnable Gaussian proxy in an embedding space of the decoder's features, to which rare classes get
     gradients by soft assignment. Tokens and proxies are aligned with each other, the proxies' means are anchored to class
     means of labelled patches, and what the proxies know about a token is added to the features before the last convolution.

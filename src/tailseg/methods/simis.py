@@ -4,7 +4,7 @@ Paper: H. Chen, Y. Fan, Y. Wang, J. Wang, B. Schiele, X. Xie, M. Savvides, B. Ra
     Imbalanced Semi-Supervised Learning", arXiv 2022 (withdrawn in 2024), https://arxiv.org/abs/2211.11086
 Family: class balancing
 Needs: two networks
-Cost: x?
+Cost: x3.7
 Idea: a class lacks what the most frequent one has more of. Each network weighs a class in all its losses by that gap in
     its own predictions, so that all rare classes weigh nearly the same.
 Algorithm:

@@ -4,7 +4,7 @@ Paper: Y. Wu, Z. Wu, Q. Wu, Z. Ge, J. Cai, "Exploring Smoothness and Class-Separ
     Segmentation", MICCAI 2022, https://arxiv.org/abs/2203.01324
 Family: contrast
 Needs: nothing but one network
-Cost: x?
+Cost: x6.3
 Idea: The prediction of every image is kept under the small change of the image that would alter it most (one step of virtual
     adversarial training). The features of every voxel are pulled to a few well recognised features of its class.
 Algorithm:

@@ -4,7 +4,7 @@ Paper: F. Milletari, N. Navab, S.-A. Ahmadi, "V-Net: Fully Convolutional Neural 
     Segmentation", 3DV 2016, https://arxiv.org/abs/1606.04797
 Family: supervised
 Needs: nothing but one network
-Cost: x?
+Cost: x1.0
 Idea: With every training scan labelled it is the upper bound. With the few labelled scans of a split it is the lower bound
     that every semi-supervised method must beat.
 Algorithm:

@@ -4,7 +4,7 @@ Paper: L. Yu, S. Wang, X. Li, C.-W. Fu, P.-A. Heng, "Uncertainty-aware Self-ense
     Atrium Segmentation", MICCAI 2019, https://arxiv.org/abs/1907.07034
 Family: mean teacher
 Needs: an EMA teacher (no gradients); a network with dropout, else only the input noise makes its passes differ
-Cost: x?
+Cost: x4.1
 Idea: The student matches the probabilities of an EMA teacher on noisy unlabelled patches, but only in voxels where the mean
     of several passes of the teacher, with dropout and noise, has low entropy. The bound on the entropy rises over the run.
 Algorithm:

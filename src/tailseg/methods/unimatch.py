@@ -4,7 +4,7 @@ Paper: L. Yang, L. Qi, L. Feng, W. Zhang, Y. Shi, "Revisiting Weak-to-Strong Con
     Semantic Segmentation", CVPR 2023, https://arxiv.org/abs/2208.09910
 Family: consistency
 Needs: nothing but one network; an even number of unlabelled images
-Cost: x?
+Cost: x4.2
 Idea: One prediction on the weak view teaches two strong views of the image, each with a box of another image, and the weak
     view itself after half of its feature channels were dropped. Wide and independent perturbations hang on one target.
 Algorithm:

@@ -4,7 +4,7 @@ Paper: X. Luo et al., "Efficient Semi-supervised Gross Target Volume of Nasophar
     Rectified Pyramid Consistency", MICCAI 2021, https://arxiv.org/abs/2012.07042
 Family: consistency
 Needs: one network with heads on the coarser stages of its decoder
-Cost: x?
+Cost: x5.6
 Idea: The decoder predicts at four scales, all of them trained with the labels. On unlabelled images each scale learns from
     the mean of all four, and a voxel counts the less the further (in KL divergence) its scale is from that mean.
 Algorithm:
