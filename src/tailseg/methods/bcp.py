@@ -20,7 +20,7 @@ Algorithm:
         L = mix(f(x_in), y_in, 1, alpha) + mix(f(x_out), y_out, alpha, 1)
         after the step: g <- decay g + (1 - decay) f
 Constants: LA_BCP_train.py, ACDC_BCP_train.py and utils/BCP_utils.py of github.com/DeepMed-Lab-ECNU/BCP (commit 7879f98).
-    LA: the defaults, data.batch [4, 4]. ACDC: dice=batch, pretrain=0.25, pretrain_loss=regions, largest_component=true,
+    LA: the defaults of two classes, data.batch [4, 4]. ACDC: those of more, with pretrain=0.25, largest_component=true and
     data.batch [12, 12].
 Deviations: the authors' second stage starts from the first one's best checkpoint, chosen on the test list in LA, with a new
     optimiser; here training goes on from the last step of the first. The four images are mixed and forwarded as one batch,
@@ -51,7 +51,8 @@ from tailseg.parts.teachers import Teacher
 class BCP(Method):
     """pretrain: share of the run, in [0, 1). box: share of each side. dice: "sample" averages over samples and does not square
     its denominator (LA), "batch" sums over the batch and squares it (ACDC). pretrain_loss: on the "whole" mixed image
-    (LA) or on its two "regions" apart (ACDC). largest_component: None is true for two classes."""
+    (LA) or on its two "regions" apart (ACDC). largest_component: keep the largest piece of each class. None of these three
+    is LA's way for two classes and, but for the pieces, ACDC's for more."""
 
     def __init__(
         self,
@@ -61,8 +62,8 @@ class BCP(Method):
         pretrain: float = 2 / 17,
         alpha: float = 0.5,
         box: float = 2 / 3,
-        dice: Literal["sample", "batch"] = "sample",
-        pretrain_loss: Literal["whole", "regions"] = "whole",
+        dice: Literal["sample", "batch"] | None = None,
+        pretrain_loss: Literal["whole", "regions"] | None = None,
         largest_component: bool | None = None,
         decay: float = 0.99,
         teacher_mode: Literal["train", "eval"] = "train",
@@ -74,7 +75,11 @@ class BCP(Method):
             raise OptionError(f"method.box is {box}; it is the box's share of each side, above 0 and at most 1.")
         self.net = build(init="default")
         self.teacher = Teacher(self.net, decay=decay, warm_up=None, mode=teacher_mode)
-        self.pretrain, self.alpha, self.box, self.dice, self.pretrain_loss = pretrain, alpha, box, dice, pretrain_loss
+        self.pretrain, self.alpha, self.box = pretrain, alpha, box
+        # LA's losses are made for two classes: their Dice of each sample by itself punishes every trace of a class that this
+        # sample lacks, and on slices of ACDC it drove the foreground out of all predictions
+        self.dice = dice or ("sample" if task.num_classes == 2 else "batch")
+        self.pretrain_loss = pretrain_loss or ("whole" if task.num_classes == 2 else "regions")
         # one heart or pancreas is one piece; organs of many classes may be in several (vessels, pairs), and each class costs
         # the CPU a labelling of every patch while the device waits: two classes as the authors did, more on request
         self.largest_component = task.num_classes == 2 if largest_component is None else largest_component
