@@ -50,12 +50,10 @@ NEEDS: Mapping[str, Mapping[str, Sequence[str]]] = {
 
 @dataclass(frozen=True)
 class Course:
-    """How the losses of a run went: the mean over the first and over the last tenth of its lines, by name."""
+    """How the losses of a run went: by name, the mean over the first and over the last tenth of the lines that hold it."""
 
     first: dict[str, float]
     last: dict[str, float]
-    never_predicted: list[str]
-    seconds_per_step: float
 
 
 def entries(data: str) -> list[Entry]:
@@ -69,15 +67,13 @@ def entries(data: str) -> list[Entry]:
 def course(result: Result) -> Course:
     lines = read_metrics(result.folder / "metrics.jsonl")
     steps = [line for line in lines if line["kind"] == "train"]
-    some = max(len(steps) // 10, 1)
+    first, last = {}, {}
+    for name in dict.fromkeys(name for line in steps for name in line["losses"]):
+        values = [line["losses"][name] for line in steps if name in line["losses"]]  # a loss may belong to a stage
+        some = max(len(values) // 10, 1)
+        first[name], last[name] = sum(values[:some]) / some, sum(values[-some:]) / some
 
-    def mean(chosen: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
-        return {name: sum(line["losses"][name] for line in chosen) / len(chosen) for name in chosen[0]["losses"]}
-
-    alarms = [(line["class"], line["kind"]) for line in lines if line["kind"].startswith("alarm")]
-    silent = {name for name, kind in alarms if kind == "alarm"} - {name for name, kind in alarms if kind != "alarm"}
-    seconds = sorted(line["seconds_per_step"] for line in steps if line["seconds_per_step"])
-    return Course(mean(steps[:some]), mean(steps[-some:]), sorted(silent), seconds[len(seconds) // 2])
+    return Course(first, last)
 
 
 def cost_table(results: Sequence[Result]) -> list[str]:
