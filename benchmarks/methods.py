@@ -5,7 +5,8 @@
 
 Needs TAILSEG_DATA. Every row trains the recipe recipes/<data set>/methods.yaml with its own method and seed 0, for the same
 number of steps. Runs lie in runs/methods/<data set>; what is finished there is not done again, what was stopped goes on.
-Writes benchmarks/results/methods_<data set>.md. `--only` trains rows and writes nothing.
+`--only` trains rows and writes nothing. The page is benchmarks/results/methods_<data set>.md; it ends with what was written
+by hand in benchmarks/findings/ under the same name.
 """
 
 from __future__ import annotations
@@ -147,6 +148,9 @@ def report(data: str, results: Sequence[Result], note: str) -> str:
             *dice_table(unranked, protocol),
             "",
         ]
+    findings = ROOT / "benchmarks" / "findings" / f"methods_{data}.md"
+    if findings.exists():
+        lines += ["## What the numbers say", "", findings.read_text(encoding="utf-8")]
     text = results[0].summaries["last"][protocol].scores.protocol.describe()
     return "\n".join([*lines, *(f"> {line}  " for line in text.splitlines()), ""])
 
