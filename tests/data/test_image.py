@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import gzip
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -12,10 +13,13 @@ from tailseg.data.image import (
     Image,
     ImageError,
     canonical_orientation,
+    read_channels,
     read_geometry,
+    read_header,
     read_image,
     same_place,
     spacing_of,
+    turned_onto,
     write_image,
 )
 from tailseg.files import WriteError
@@ -153,27 +157,76 @@ def test_a_flipped_bit_in_a_compressed_file_is_found(tmp_path: Path):
 def test_what_is_not_there_or_has_no_known_ending(tmp_path: Path, ending: str, read):
     with pytest.raises(ImageError, match="does not exist"):
         read(tmp_path / f"scan{ending}")
-    (tmp_path / "scan.jpg").touch()
-    with pytest.raises(ImageError, match=r"scan\.jpg has no known ending; convert it to one of \.nii\.gz"):
-        read(tmp_path / "scan.jpg")
+    (tmp_path / "scan.gif").touch()
+    with pytest.raises(ImageError, match=r"scan\.gif has no known ending; convert it to one of \.nii\.gz"):
+        read(tmp_path / "scan.gif")
 
 
-@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 6, 3), (4, 5, 0)])
-@pytest.mark.parametrize("read", [read_image, read_geometry])
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 6, 2, 3), (4, 5, 0)])
+@pytest.mark.parametrize("read", [read_image, read_channels, read_geometry])
 def test_a_scan_has_three_axes(tmp_path: Path, shape: tuple[int, ...], read):
     nib.save(nib.Nifti1Image(np.zeros(shape, np.uint8), np.eye(4)), tmp_path / "scan.nii")
     with pytest.raises(ImageError, match="three axes"):
         read(tmp_path / "scan.nii")
 
 
-@pytest.mark.parametrize("vector", [True, False])
-@pytest.mark.parametrize("read", [read_image, read_geometry])
-def test_colours_and_time_series_of_itk_are_refused(tmp_path: Path, vector: bool, read):
+@pytest.mark.parametrize("shape", [(4, 5, 6, 3), (4, 5, 6, 1, 3)])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_the_fourth_axis_of_nifti_holds_channels(tmp_path: Path, shape: tuple[int, ...], ending: str):
+    voxels = np.random.default_rng(0).integers(0, 99, shape).astype(np.int16)
+    nib.save(nib.Nifti1Image(voxels, tilted("LPS")), tmp_path / f"scan{ending}")
+    image = read_channels(tmp_path / f"scan{ending}")
+    np.testing.assert_array_equal(image.array, voxels.reshape(4, 5, 6, 3).T)
+    size, affine, channels = read_header(tmp_path / f"scan{ending}")
+    assert (size, channels) == ((6, 5, 4), 3) and read_geometry(tmp_path / f"scan{ending}")[0] == size
+    np.testing.assert_array_equal(affine, image.affine)
+    with pytest.raises(ImageError, match=r"three axes\. Write every channel to its own file"):
+        read_image(tmp_path / f"scan{ending}")
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
+def test_the_vectors_of_itk_hold_channels(tmp_path: Path, ending: str):
     sitk = pytest.importorskip("SimpleITK")
-    array = np.zeros((4, 5, 6, 3), np.uint8)
-    sitk.WriteImage(sitk.GetImageFromArray(array, isVector=vector), str(tmp_path / "scan.nrrd"))
+    array = np.random.default_rng(0).integers(0, 99, (4, 5, 6, 3)).astype(np.uint8)
+    sitk.WriteImage(sitk.GetImageFromArray(array, isVector=True), str(tmp_path / f"scan{ending}"))
+    np.testing.assert_array_equal(read_channels(tmp_path / f"scan{ending}").array, np.moveaxis(array, -1, 0))
+    assert read_header(tmp_path / f"scan{ending}")[2] == 3
+    with pytest.raises(ImageError, match="three axes"):
+        read_image(tmp_path / f"scan{ending}")
+
+
+@pytest.mark.parametrize("read", [read_image, read_channels, read_geometry])
+def test_time_series_of_itk_are_refused(tmp_path: Path, read):
+    sitk = pytest.importorskip("SimpleITK")
+    sitk.WriteImage(
+        sitk.GetImageFromArray(np.zeros((4, 5, 6, 3), np.uint8), isVector=False), str(tmp_path / "scan.nrrd")
+    )
     with pytest.raises(ImageError, match="three axes"):
         read(tmp_path / "scan.nrrd")
+
+
+def test_a_picture_is_a_volume_of_one_slice_and_one_nominal_mm(tmp_path: Path):
+    label = np.random.default_rng(0).integers(0, 4, (1, 5, 6)).astype(np.uint8)
+    write_image(tmp_path / "label.png", Image(label, np.eye(4)))
+    read = read_image(tmp_path / "label.png")
+    np.testing.assert_array_equal(read.array, label)
+    assert read.spacing == (1, 1, 1) and read_channels(tmp_path / "label.png").array.shape == (1, 1, 5, 6)
+    shape, affine, channels = read_header(tmp_path / "label.png")
+    assert (shape, channels) == ((1, 5, 6), 1) and (affine == np.eye(4)).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "spacing", "match"),
+    [
+        ((2, 5, 6), np.uint8, 1.0, "more than one slice"),
+        ((1, 5, 6), np.uint8, 2.0, r"nor where it lies; use one of \.nii\.gz"),
+        ((1, 5, 6), np.float32, 1.0, "cannot hold float32"),
+    ],
+)
+def test_what_a_png_cannot_hold_is_refused(tmp_path: Path, shape: tuple, dtype: type, spacing: float, match: str):
+    with pytest.raises(ImageError, match=match):
+        write_image(tmp_path / "scan.png", Image(np.zeros(shape, dtype), np.diag([spacing, spacing, 1, 1])))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]), np.complex64])
@@ -202,6 +255,28 @@ def test_affines_are_equal_when_no_voxel_lies_elsewhere():
     assert not same_place(affine, shifted, shape)
     assert not same_place(affine, longer, shape)
     assert not same_place(affine, tilted("LAS"), shape)
+
+
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_an_image_is_turned_onto_a_grid_of_the_same_places(codes: str):
+    image = scan(tilted("LPS"))
+    theirs: Any = nib.Nifti1Image(image.array.T, image.affine)
+    start = nib.orientations.io_orientation(np.round(image.affine @ np.diag([1 / 0.7, 1 / 1.5, 1 / 3, 1])))
+    turn = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(codes))
+    other = theirs.as_reoriented(turn)
+    voxels = np.asarray(other.dataobj).T
+    turned = turned_onto(image, other.affine, voxels.shape)
+    np.testing.assert_array_equal(turned.array, voxels)
+    np.testing.assert_array_equal(turned_onto(turned, image.affine, (4, 5, 6)).array, image.array)
+
+
+def test_an_image_that_lies_elsewhere_stays_as_it_is():
+    image = scan(tilted("LPS"))
+    shifted, finer = image.affine.copy(), image.affine @ np.diag([0.5, 1, 1, 1])
+    shifted[0, 3] += 0.1
+    for affine in (shifted, finer, tilted("LPS", degrees=21)):
+        assert turned_onto(image, affine, (4, 5, 6)) is image
+    assert turned_onto(image, image.affine, (4, 5, 7)) is image
 
 
 @pytest.mark.parametrize("dtype", [bool, np.float16, np.int64])

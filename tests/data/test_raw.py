@@ -108,6 +108,14 @@ def test_values_become_class_indices_and_ignored_ones_become_ignore(root: Path):
     assert read_raw(root).label_values == (0, 6, 200)
 
 
+def test_any_number_of_values_may_be_ignored(root: Path):
+    describe(root, labels={**LABELS, "ignore": [14, 255]})
+    values = np.random.default_rng(0).choice([0, 1, 2, 14, 255], SHAPE).astype(np.uint8)
+    put(root / "labelsTr/b.nii.gz", values)
+    np.testing.assert_array_equal(load(root)[1], np.where(values > 2, IGNORE, values))
+    assert read_raw(root).ignore_values == (14, 255)
+
+
 @pytest.mark.parametrize(
     ("value", "dtype"),
     [(3, np.uint8), (256, np.int16), (-1, np.int16), (1.5, np.float32), (np.nan, np.float32), (1.0000001, float)],
@@ -201,8 +209,13 @@ def test_an_empty_folder_and_none(tmp_path: Path):
         ({"labels": {"liver": 1, "tumour": 2}}, "the background has 0"),
         ({"labels": {"background": 0, "liver": 1, "tumour": 1}}, "a value of its own"),
         ({"labels": {"background": 0, "liver": 1, "ignore": 1}}, "a value of its own"),
+        ({"labels": {"background": 0, "liver": 1, "ignore": [7, 7]}}, "a value of its own"),
+        (
+            {"labels": {"background": 0, "liver": 1, "ignore": [7, 256]}},
+            "label 'ignore' is 256; it must be one integer",
+        ),
         ({"labels": {"0": "background", "1": "liver", "2": "liver"}}, "two labels have the same name"),
-        ({"file_ending": ".png"}, r"file_ending '\.png' is not known; use one of \.nii\.gz"),
+        ({"file_ending": ".bmp"}, r"file_ending '\.bmp' is not known; use one of \.nii\.gz"),
     ],
 )
 def test_a_description_that_cannot_be_used(root: Path, changes: dict[str, Any], match: str):

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,30 @@ def test_a_split_comes_back_from_json_unless_it_was_changed():
 def test_a_split_that_cannot_be_used(dataset: RawDataset, sets: dict[str, Any], match: str):
     with pytest.raises(DataError, match=match):
         read(dataset, GOOD | sets)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "sets"),
+    [
+        ("a", "t", "labelled (case 'a') and in test (case 't')"),
+        ("u", "v", "unlabelled (case 'u') and in val (case 'v')"),
+        ("v", "t", "val (case 'v') and in test (case 't')"),
+    ],
+)
+def test_a_patient_never_stands_on_both_sides(dataset: RawDataset, first: str, second: str, sets: str):
+    cases = {
+        id_: replace(case, patient="p7") if id_ in (first, second) else case for id_, case in dataset.cases.items()
+    }
+    match = (
+        rf"splits\.json, split 'tenth': patient 'p7' stands in {re.escape(sets)}; keep all cases of a patient in one"
+    )
+    with pytest.raises(DataError, match=match):
+        read(replace(dataset, cases=cases), GOOD)
+
+
+def test_a_patient_may_be_learnt_from_with_and_without_label(dataset: RawDataset):
+    cases = {id_: replace(case, patient="p7") if id_ in "abu" else case for id_, case in dataset.cases.items()}
+    assert read(replace(dataset, cases=cases), GOOD).unlabelled == ("u",)
 
 
 def test_an_unknown_name_gets_a_suggestion(dataset: RawDataset):

@@ -120,6 +120,37 @@ def test_label_values_may_be_ignored_and_may_be_floats(tmp_path: Path) -> None:
     np.testing.assert_array_equal(alone.values, scores.values)
 
 
+def test_a_class_that_nobody_looked_for_is_left_out_of_that_case(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, ref = folders
+    whole = score_folder(pred, ref, [NATIVE], cases=["a", "b"])["native"]
+    (ref / "cases.csv").write_text("case,annotated_classes\na,liver\nz,spleen\n")
+    scores = score_folder(pred, ref, [NATIVE], cases=["a", "b"])["native"]
+    assert scores.looked_for.tolist() == [[True, False, False], [True] * 3]
+    assert np.isnan(scores.values[0, 1:]).all() and not scores.absent.any() and not scores.missed.any()
+    # of the liver all is known: that it is nowhere else, too
+    np.testing.assert_array_equal(scores.values[scores.looked_for], whole.values[scores.looked_for])
+    spleen = summarise(scores).classes[1]
+    assert (spleen.absent, spleen.metrics["dice"].counted, spleen.metrics["dice"].left_out) == (0, 1, 1)
+    write_scores(tmp_path / "native.csv", scores)
+    assert ",spleen,,," in (tmp_path / "native.csv").read_text()
+    read = read_scores(tmp_path / "native.csv")
+    np.testing.assert_array_equal(read.values, scores.values)
+    np.testing.assert_array_equal(read.looked_for, scores.looked_for)
+
+
+def test_a_liver_predicted_where_only_the_liver_was_looked_for_is_wrong() -> None:
+    """Partial labels take their background out of training, not out of the scores."""
+    everywhere, ref = np.ones((10, 14, 16), np.uint8), volume(0)
+    known = score_case(everywhere, ref, (2, 1, 1), CLASSES, NATIVE, annotated=["liver"])
+    complete = score_case(everywhere, ref, (2, 1, 1), CLASSES, NATIVE)
+    assert known.metric("dice")[0, 0] == complete.metric("dice")[0, 0] < 0.5
+
+
+def test_several_values_may_be_ignored(tmp_path: Path) -> None:
+    (tmp_path / "labels.json").write_text(json.dumps({"labels": {**LABELS, "ignore": [9, 255]}}))
+    assert read_labels_file(tmp_path) == (LABELS, (9, 255))
+
+
 def test_references_may_be_a_mapping_with_its_own_values(folders: tuple[Path, Path]) -> None:
     pred, ref = folders
     files = find_label_files(ref)

@@ -22,9 +22,14 @@ TEMPORARY = ".tmp"
 
 
 def write_case(
-    store: Path, case: str, prepared: PreparedCase, num_classes: int, source: Mapping[str, tuple[int, int]]
+    store: Path,
+    case: str,
+    prepared: PreparedCase,
+    num_classes: int,
+    source: Mapping[str, tuple[int, int]],
+    unannotated: tuple[int, ...] = (),
 ) -> CaseInfo:
-    """Writes store/cases/<case>, replacing an older one; on failure nothing of it stays. source: see CaseInfo.
+    """Writes store/cases/<case>, replacing an older one; on failure nothing of it stays. source, unannotated: see CaseInfo.
 
     Raises ValueError if an intensity does not fit float16: clamping it would hide that the normalisation failed.
     """
@@ -38,7 +43,7 @@ def write_case(
     temporary, old = (store / TEMPORARY / f"{case}.{os.getpid()}.{age}" for age in ("new", "old"))
     temporary.mkdir(parents=True)
     try:
-        info = _write_files(temporary, case, prepared, num_classes, source)
+        info = _write_files(temporary, case, prepared, num_classes, source, unannotated)
         folder.parent.mkdir(exist_ok=True)
         if folder.exists():
             folder.rename(old)
@@ -58,7 +63,12 @@ def read_case_info(store: Path, case: str) -> CaseInfo | None:
 
 
 def _write_files(
-    folder: Path, case: str, prepared: PreparedCase, num_classes: int, source: Mapping[str, tuple[int, int]]
+    folder: Path,
+    case: str,
+    prepared: PreparedCase,
+    num_classes: int,
+    source: Mapping[str, tuple[int, int]],
+    unannotated: tuple[int, ...],
 ) -> CaseInfo:
     geometry = prepared.geometry
     planes = (plane for channel in prepared.image for plane in channel)
@@ -75,7 +85,7 @@ def _write_files(
             np.savez(file, voxels=voxels, counts=drawn)
     info = CaseInfo(
         geometry.shape, prepared.spacing, class_voxels, ignored, prepared.constant_channels, prepared.lost_classes,
-        geometry, source,
+        geometry, source, unannotated,
     )  # fmt: skip
     (folder / "case.json").write_text(json.dumps(info.to_dict(), allow_nan=False), encoding="utf-8")
     for path in folder.iterdir():

@@ -1,5 +1,7 @@
 """Read and write scans with their spacing and orientation.
 
+A 2D picture is a volume of one slice, (C, 1, H, W), with a nominal spacing of 1 mm: its files do not say how large a pixel is.
+
 Arrays are indexed [k, j, i], the file's axes reversed, so that the last axis is the fastest; affines stay as the file has
 them: (i, j, k, 1) -> right, anterior, superior in mm.
 """
@@ -19,20 +21,22 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
+from tailseg.data.dicom import read_series, series_geometry
+from tailseg.data.errors import ImageError
+from tailseg.data.pictures import PICTURE_ENDINGS, picture_size, read_picture, write_picture
 from tailseg.files import written_whole
+
+__all__ = ["ImageError"]
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 ITK_ENDINGS = (".nrrd", ".mha", ".mhd")
-IMAGE_ENDINGS = NIFTI_ENDINGS + ITK_ENDINGS
-WRITABLE_ENDINGS = (*NIFTI_ENDINGS, ".nrrd", ".mha")  # .mhd is two files, which cannot be replaced in one go
+IMAGE_ENDINGS = NIFTI_ENDINGS + ITK_ENDINGS + PICTURE_ENDINGS
+VOLUME_ENDINGS = (*NIFTI_ENDINGS, ".nrrd", ".mha")  # .mhd is two files, which cannot be replaced in one go
+WRITABLE_ENDINGS = (*VOLUME_ENDINGS, ".png")
 _WRITABLE_TYPES = ("uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")  # every format has these
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 Shape = tuple[int, int, int]
-
-
-class ImageError(ValueError):
-    """A scan or label file that cannot be used; the text names the file, the rule and the way out."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +59,48 @@ def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
 
 
 def read_image(path: Path) -> Image:
-    """One scan (D, H, W) of NIfTI, NRRD or MetaImage. Raises ImageError for what is missing, truncated or no image."""
-    with _readable(path):
-        array, affine = _read_nifti(path) if path.name.endswith(NIFTI_ENDINGS) else _read_itk(path)
-    k, j, i = _check_grid(path, array.shape, affine)
-    if array.dtype.kind not in "biuf":
-        raise ImageError(f"{path} holds voxels of the type {array.dtype}; a scan has one real number per voxel.")
-    return Image(np.ascontiguousarray(array.reshape(i, j, k, order="F").T), affine)
+    """One scan (D, H, W) of one channel, or a label map. Raises ImageError for what is missing, truncated or no image.
+
+    A PNG with a palette gives its indices.
+    """
+    image = _read(path, indexed=True)
+    if len(image.array) != 1:
+        raise ImageError(
+            f"{path} has the shape {image.array.shape} (C, D, H, W); here a scan has three axes. Write every channel to "
+            "its own file."
+        )
+    return Image(image.array[0], image.affine)
+
+
+def read_channels(path: Path) -> Image:
+    """All channels (C, D, H, W) of one file: colours, NIfTI's fourth axis, or ITK's vectors; or a folder of DICOM slices.
+
+    Raises ImageError.
+    """
+    return _read(path, indexed=False)
 
 
 def read_geometry(path: Path) -> tuple[Shape, np.ndarray]:
-    """Shape (D, H, W) and affine from the header alone. Raises ImageError as read_image does."""
+    """Shape (D, H, W) and affine from the header alone, however many channels. Raises ImageError as read_channels does."""
+    shape, affine, _ = read_header(path)
+    return shape, affine
+
+
+def read_header(path: Path) -> tuple[Shape, np.ndarray, int]:
+    """Shape (D, H, W), affine and number of channels from the header alone. Raises ImageError as read_channels does."""
+    if path.is_dir():
+        return *series_geometry(path), 1
     with _readable(path):
+        if path.name.endswith(PICTURE_ENDINGS):
+            channels, h, w = picture_size(path)
+            return (1, h, w), np.eye(4), channels
         if path.name.endswith(NIFTI_ENDINGS):
             nifti: Any = nib.load(path)  # pyright: ignore[reportPrivateImportUsage]
-            shape, affine = nifti.shape, np.asarray(nifti.affine, dtype=np.float64)
+            size, affine = nifti.shape, np.asarray(nifti.affine, dtype=np.float64)
         else:
-            _, shape, affine = _itk_header(path)
-    return _check_grid(path, shape, affine), affine
+            _, size, affine = _itk_header(path)
+    shape, channels = _check_grid(path, size, affine)
+    return shape, affine, channels
 
 
 def write_image(path: Path, image: Image) -> None:
@@ -81,8 +109,12 @@ def write_image(path: Path, image: Image) -> None:
         raise ImageError(f"{path} cannot be written in this format; use one of {', '.join(WRITABLE_ENDINGS)}.")
     if image.array.dtype.name not in _WRITABLE_TYPES:
         raise ImageError(f"{path} cannot hold {image.array.dtype}; convert to one of {', '.join(_WRITABLE_TYPES)}.")
+    if path.name.endswith(PICTURE_ENDINGS):
+        _check_flat(path, image)
     with written_whole(path) as temporary:
-        if path.name.endswith(NIFTI_ENDINGS):
+        if path.name.endswith(PICTURE_ENDINGS):
+            write_picture(temporary, image.array[0])
+        elif path.name.endswith(NIFTI_ENDINGS):
             nifti = nib.Nifti1Image(image.array.T, image.affine)  # pyright: ignore[reportPrivateImportUsage]
             nifti.header.set_xyzt_units("mm")
             nifti.set_qform(image.affine, code=1)
@@ -103,6 +135,26 @@ def canonical_orientation(affine: np.ndarray) -> tuple[Shape, tuple[bool, bool, 
         axes[2 - int(anatomical)] = 2 - file_axis
         flips[2 - int(anatomical)] = bool(direction < 0)
     return (axes[0], axes[1], axes[2]), (flips[0], flips[1], flips[2])
+
+
+def turned_onto(image: Image, affine: np.ndarray, shape: Shape) -> Image:
+    """The same voxels (D, H, W) in the order of another grid, if that is made of the very same places; else image itself."""
+    steps = np.linalg.solve(image.affine, affine)  # (i, j, k, 1) of the other grid -> of image
+    whole = np.rint(steps[:3, :3])
+    is_turn = all((np.abs(whole).sum(axis) == 1).all() for axis in (0, 1))
+    if not is_turn or not np.allclose(steps[:3, :3], whole, atol=0.01):
+        return image
+    axes = [2 - int(np.flatnonzero(whole[:, file_axis])[0]) for file_axis in (2, 1, 0)]
+    flipped = tuple(axis for axis, file_axis in enumerate((2, 1, 0)) if whole[:, file_axis].sum() < 0)
+    array = np.flip(image.array.transpose(axes), flipped)
+    exact = np.eye(4)
+    exact[:3, :3] = whole
+    for file_axis in range(3):
+        if whole[file_axis].sum() < 0:
+            exact[file_axis, 3] = image.array.shape[2 - file_axis] - 1
+    if array.shape != shape or not same_place(image.affine @ exact, affine, shape):
+        return image
+    return Image(np.ascontiguousarray(array), affine)
 
 
 def same_place(first: np.ndarray, second: np.ndarray, shape: Shape) -> bool:
@@ -129,16 +181,39 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_grid(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> Shape:
-    """(D, H, W) of a file's (i, j, k), or (i, j, k, 1)."""
-    if len(shape) < 3 or 0 in shape or any(size != 1 for size in shape[3:]):
+def _read(path: Path, *, indexed: bool) -> Image:
+    """(C, D, H, W)."""
+    if path.is_dir():
+        array, affine = read_series(path)
+        return Image(array[None], affine)
+    with _readable(path):
+        if path.name.endswith(PICTURE_ENDINGS):
+            return Image(read_picture(path, indexed=indexed)[:, None], np.eye(4))
+        array, affine = _read_nifti(path) if path.name.endswith(NIFTI_ENDINGS) else _read_itk(path)
+    (k, j, i), channels = _check_grid(path, array.shape, affine)
+    if array.dtype.kind not in "biuf":
+        raise ImageError(f"{path} holds voxels of the type {array.dtype}; a scan has one real number per voxel.")
+    return Image(np.ascontiguousarray(array.reshape(i, j, k, channels, order="F").T), affine)
+
+
+def _check_flat(path: Path, image: Image) -> None:
+    d, h, w = image.array.shape
+    if d != 1 or not same_place(image.affine, np.eye(4), (d, h, w)):
         raise ImageError(
-            f"{path} has the shape {tuple(shape)}; a scan has three axes. Write every channel to its own file."
+            f"{path} cannot hold more than one slice, nor where it lies; use one of {', '.join(VOLUME_ENDINGS)}."
         )
+    if image.array.dtype.name not in ("uint8", "uint16"):
+        raise ImageError(f"{path} cannot hold {image.array.dtype}; convert to one of uint8, uint16.")
+
+
+def _check_grid(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> tuple[Shape, int]:
+    """(D, H, W) and channels of a file's (i, j, k), (i, j, k, channels) or NIfTI's (i, j, k, 1, channels)."""
+    if len(shape) < 3 or 0 in shape or sum(size != 1 for size in shape[3:]) > 1:
+        raise ImageError(f"{path} has the shape {tuple(shape)}; a scan has three axes, or four with its channels.")
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
         raise ImageError(f"{path} has no usable spacing and orientation; its affine is {affine[:3].round(4).tolist()}.")
     i, j, k = shape[:3]
-    return k, j, i
+    return (k, j, i), int(np.prod(shape[3:]))
 
 
 def _first_line(error: Exception) -> str:
@@ -176,6 +251,8 @@ def _itk_header(path: Path) -> tuple[Any, tuple[int, ...], np.ndarray]:
     if len(shape) == 3:
         affine[:3, :3] = np.array(reader.GetDirection()).reshape(3, 3) * np.array(reader.GetSpacing())
         affine[:3, 3] = reader.GetOrigin()
+    elif len(shape) > 3:
+        raise ImageError(f"{path} has the shape {shape}; a scan has three axes. Write every volume to its own file.")
     return reader, shape if channels == 1 else (*shape, channels), _LPS_TO_RAS @ affine
 
 
@@ -185,7 +262,8 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     reader, shape, affine = _itk_header(path)
     _check_grid(path, shape, affine)
     with _itk_errors():
-        return sitk.GetArrayFromImage(reader.Execute()).T, affine
+        array = sitk.GetArrayFromImage(reader.Execute())  # (k, j, i), and the channels behind them
+    return (array.T if array.ndim == 3 else array.transpose(2, 1, 0, 3)), affine
 
 
 @contextlib.contextmanager

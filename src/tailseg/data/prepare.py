@@ -108,18 +108,29 @@ class _Outcome:
 
 
 def _source(dataset: RawDataset, case: str) -> Source:
-    """Bytes and time of the case's files; empty, and so equal to nothing prepared, if one cannot be read."""
+    """Bytes and time of the case's files; empty, and so equal to nothing prepared, if one cannot be read.
+
+    Which classes were looked for decides how the label is read, and stands in it too.
+    """
     if case not in dataset.cases:
         raise DataError(f"{dataset.root} has no case '{case}'; leave it out, or add its files.")
-    images, label = dataset.cases[case].images, dataset.cases[case].label
+    images, label, annotated = dataset.cases[case].images, dataset.cases[case].label, dataset.cases[case].annotated
     try:
-        stats = {path: path.stat() for path in (*images, *([label] if label else []))}
+        files = {
+            Path(os.path.relpath(path, dataset.root)).as_posix(): _stat(path)
+            for path in (*images, *([label] if label else []))
+        }
     except OSError:
         return {}  # reading the case will say what is wrong with it
-    return {
-        Path(os.path.relpath(path, dataset.root)).as_posix(): (stat.st_size, stat.st_mtime_ns)
-        for path, stat in stats.items()
-    }
+    return files | ({f"annotated: {'; '.join(annotated)}": (0, 0)} if label and annotated is not None else {})
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    """Bytes and time of a file; of a folder of slices, of all of them together and of the latest."""
+    if not path.is_dir():
+        return path.stat().st_size, path.stat().st_mtime_ns
+    stats = [file.stat() for file in path.iterdir()]
+    return sum(stat.st_size for stat in stats), max([path.stat().st_mtime_ns, *(stat.st_mtime_ns for stat in stats)])
 
 
 def _up_to_date(path: Path, sources: Mapping[str, Source]) -> Store | None:
@@ -189,7 +200,7 @@ def _check_space(path: Path, jobs: list[_Job]) -> None:
             continue  # preparing it will say so, beside whatever else is wrong
         whole = Geometry.whole(shape, affine, canonical=job.preparation.orientation == "canonical")
         voxels = prod(job.preparation.target_shape(whole.shape, whole.spacing))
-        needed += voxels * (2 * len(job.case.images) + (job.case.label is not None))
+        needed += voxels * (2 * len(job.dataset.channels) + (job.case.label is not None))
     free = shutil.disk_usage(path).free
     if needed > free:
         raise DataError(
@@ -266,7 +277,10 @@ def _prepare(job: _Job) -> _Outcome:
     file = job.case.images[0]
     try:
         prepared = prepare_case(*load_case(job.case, job.dataset), job.preparation)
-        return _Outcome(write_case(job.store, job.case.id, prepared, len(job.dataset.classes), job.source))
+        classes, annotated = job.dataset.classes, job.case.annotated
+        partial = prepared.label is not None and annotated is not None
+        unannotated = tuple(k for k, name in enumerate(classes) if k and partial and name not in annotated)
+        return _Outcome(write_case(job.store, job.case.id, prepared, len(classes), job.source, unannotated))
     except ImageError as error:
         return _Outcome(None, str(error))  # it names the file itself
     except ValueError as error:

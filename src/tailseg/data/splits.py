@@ -70,8 +70,8 @@ class Split:
 def read_split(dataset: RawDataset, name: str, file: Path | None = None) -> Split:
     """The split called name in file, default <root>/splits.json: {name: {labelled, unlabelled, val, test}}.
 
-    Sets may be left out and need not use every case. Raises DataError for an unknown name or case, overlapping sets, and
-    labelled, validation or test cases without a label file.
+    Sets may be left out and need not use every case. Raises DataError for an unknown name or case, overlapping sets, labelled,
+    validation or test cases without a label file, and validation or test patients of whom another set has scans too.
     """
     path = file or dataset.root / "splits.json"
     if not path.is_file():
@@ -87,6 +87,7 @@ def read_split(dataset: RawDataset, name: str, file: Path | None = None) -> Spli
     sets = _sets(splits[name], f"{path}, split '{name}'")
     split = Split(name, *(sets.get(each, ()) for each in SETS))
     _check_cases(split, dataset, path)
+    _check_patients(split, dataset, path)
     return split
 
 
@@ -121,4 +122,20 @@ def _check_cases(split: Split, dataset: RawDataset, path: Path) -> None:
                 raise DataError(
                     f"{path}, split '{split.name}': {each} case '{case}' has no file in labelsTr; add it, or move the case "
                     "to unlabelled."
+                )
+
+
+def _check_patients(split: Split, dataset: RawDataset, path: Path) -> None:
+    """Scans of one patient resemble each other: scores on one tell of what was learnt from another. Both may be learnt from,
+    one with its label and one without."""
+    for first, second in itertools.combinations(SETS, 2):
+        if (first, second) == ("labelled", "unlabelled"):
+            continue
+        others = {dataset.cases[case].patient: case for case in getattr(split, second)}
+        for case in getattr(split, first):
+            patient = dataset.cases[case].patient
+            if patient in others:
+                raise DataError(
+                    f"{path}, split '{split.name}': patient '{patient}' stands in {first} (case '{case}') and in {second} "
+                    f"(case '{others[patient]}'); keep all cases of a patient in one of them."
                 )

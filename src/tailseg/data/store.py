@@ -80,6 +80,7 @@ class CaseInfo:
     class_voxels: (K,), without IGNORE, whose voxels are counted in ignored; both None for a case without label.
     constant_channels: channels without contrast. lost_classes: classes that vanished when the label was resampled.
     source: file, relative to the data set -> [bytes, mtime in ns], when it was prepared.
+    unannotated: classes that nobody looked for in the label.
     """
 
     shape: Shape
@@ -90,6 +91,7 @@ class CaseInfo:
     lost_classes: tuple[int, ...]
     geometry: Geometry
     source: Mapping[str, tuple[int, int]]
+    unannotated: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from tailseg.core import Method
+from tailseg.data.dicom import is_series
 from tailseg.data.geometry import restore_labels, restore_probs
-from tailseg.data.image import IMAGE_ENDINGS, Image, ImageError, write_image
+from tailseg.data.image import IMAGE_ENDINGS, Image, ImageError, read_header, write_image
+from tailseg.data.layouts import numbered
+from tailseg.data.pictures import PICTURE_ENDINGS
 from tailseg.data.prepare import Preparation, prepare_case
 from tailseg.data.raw import Case, load_images
 from tailseg.evaluate.sliding_window import sliding_window
@@ -68,37 +71,63 @@ class Predictor:
 
 
 def find_cases(source: Path, channels: int) -> list[Case]:
-    """The scans to segment: one file, or every scan of a folder.
+    """The scans to segment: one file, a folder of DICOM slices, or every scan of a folder, DICOM series being folders in it.
 
-    Channels of a case are `<case>_0000`, `<case>_0001`, ...; with one channel a file without such an ending is a case too.
+    Channels of a case are `<case>_0000`, `<case>_0001`, ...; a file without such an ending is a case too, if its header says
+    that it holds all the channels.
     Raises ImageError naming what is missing.
     """
     if not source.exists():
         raise ImageError(f"{source} does not exist; give a scan, a folder of scans, or test, val or unlabelled.")
-    files = [source] if source.is_file() else sorted(source.iterdir())
-    files = [file for file in files if file.name.endswith(IMAGE_ENDINGS)]
+    files = [source] if source.is_file() or is_series(source) else sorted(source.iterdir())
+    files = [file for file in files if file.name.endswith(IMAGE_ENDINGS) or is_series(file)]
+    files = [file for file in files if not file.name.startswith(".")]
     if not files:
-        raise ImageError(f"{source} holds no scan; known endings are {', '.join(IMAGE_ENDINGS)}.")
+        raise ImageError(
+            f"{source} holds no scan; known endings are {', '.join(IMAGE_ENDINGS)}. A DICOM series is given as its folder."
+        )
+    pictures = [file for file in files if file.name.endswith(PICTURE_ENDINGS)]
+    plain = set() if numbered([_stem(file) for file in pictures], channels) else set(pictures)
     found: dict[str, Path] = {}
     for file in files:
-        ending = next(ending for ending in IMAGE_ENDINGS if file.name.endswith(ending))
-        stem = file.name.removesuffix(ending)
-        numbered = len(stem) > 5 and stem[-5] == "_" and stem[-4:].isdigit()
-        if not numbered and channels > 1:
-            raise ImageError(f"{file} must be called <case>_0000{ending}: the run was trained on {channels} channels.")
-        found.setdefault(stem[:-5] if numbered else stem, file)
+        stem = _stem(file)
+        has_number = len(stem) > 5 and stem[-5] == "_" and stem[-4:].isdigit() and file not in plain
+        if not has_number and channels > 1 and read_header(file)[2] != channels:
+            raise ImageError(
+                f"{file} must be called <case>_0000{file.name.removeprefix(stem)}: the run was trained on {channels} channels."
+            )
+        case = stem[:-5] if has_number else stem
+        first = found.setdefault(case, file)
+        if first is not file and (not has_number or _stem(first) in (stem, case)):
+            raise ImageError(f"{first} and {file} are two scans of case '{case}'; move one elsewhere.")
     return [Case(case, _channel_files(file, case, channels), None) for case, file in sorted(found.items())]
 
 
+def _stem(file: Path) -> str:
+    """Without ending; a folder of slices has none."""
+    return (
+        file.name
+        if file.is_dir()
+        else file.name.removesuffix(next(ending for ending in IMAGE_ENDINGS if file.name.endswith(ending)))
+    )
+
+
 def _channel_files(file: Path, case: str, channels: int) -> tuple[Path, ...]:
-    if channels == 1:
+    if channels == 1 or _stem(file) == case:
         return (file,)
-    ending = next(ending for ending in IMAGE_ENDINGS if file.name.endswith(ending))
+    ending = file.name.removeprefix(_stem(file))
     paths = tuple(file.with_name(f"{case}_{channel:04d}{ending}") for channel in range(channels))
+    if not paths[1].exists() and paths[0].exists() and read_header(paths[0])[2] == channels:
+        return paths[:1]
     for path in paths:
         if not path.exists():
             raise ImageError(f"{path} is missing: the run was trained on {channels} channels.")
     return paths
+
+
+def label_ending(case: Case) -> str:
+    """Of the label file that is written for a case: a picture's is a picture."""
+    return ".png" if case.images[0].name.endswith(PICTURE_ENDINGS) else ".nii.gz"
 
 
 def predict_cases(
@@ -110,8 +139,8 @@ def predict_cases(
     save_probs: bool = False,
     report: Callable[[int, int, str], None],
 ) -> list[Path]:
-    """Write <case>.nii.gz for every case and labels.json with the classes' names and values, and the method's caveat if
-    it has one; returns the label files.
+    """Write <case>.nii.gz, or <case>.png of a picture, for every case and labels.json with the classes' names and values,
+    and the method's caveat if it has one; returns the label files.
 
     label_values: value of each class in the files. save_probs: also <case>_probs.npz, "probs" (K, D, H, W) float16.
     """
@@ -122,7 +151,7 @@ def predict_cases(
     written = []
     for index, case in enumerate(cases):
         report(index, len(cases), case.id)
-        image = load_images(case)
+        image = load_images(case, predictor.method.task.in_channels)
         if save_probs:
             probs = predictor.probs(image)
             labels = probs.argmax(0)
@@ -130,7 +159,7 @@ def predict_cases(
                 np.savez_compressed(temporary, probs=probs.astype(np.float16))
         else:
             labels = predictor.labels(image)
-        path = output / f"{case.id}.nii.gz"
+        path = output / f"{case.id}{label_ending(case)}"
         write_image(path, Image(table[labels], image.affine))
         written.append(path)
         report(index + 1, len(cases), case.id)

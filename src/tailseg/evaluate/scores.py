@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tailseg.data.image import IMAGE_ENDINGS, Image, read_image, same_place
+from tailseg.data.image import IMAGE_ENDINGS, Image, read_image, same_place, turned_onto
+from tailseg.data.tables import CASES_FILE, annotated_classes, cases_of_table
 from tailseg.evaluate.metrics import IGNORE, compare_classes
 from tailseg.evaluate.protocols import Protocol, protocol_named
 from tailseg.files import write_text
@@ -35,7 +36,8 @@ class Scores:
     """classes: the foreground. values: (cases, classes, metrics of the protocol), NaN where the protocol leaves one out.
 
     pred_voxels, ref_voxels: (cases, classes), on the grid that the protocol scores on, without ignored voxels.
-    unmatched: predictions of cases that no reference was asked for.
+    unmatched: predictions of cases that no reference was asked for. unannotated: (cases, classes) bool, classes that nobody
+    looked for in that case: NaN and 0 voxels, neither missed nor invented nor absent; None is none.
     """
 
     protocol: Protocol
@@ -45,6 +47,12 @@ class Scores:
     pred_voxels: np.ndarray
     ref_voxels: np.ndarray
     unmatched: tuple[str, ...] = ()
+    unannotated: np.ndarray | None = None
+
+    @property
+    def looked_for(self) -> np.ndarray:
+        """(cases, classes) bool."""
+        return np.ones(self.ref_voxels.shape, bool) if self.unannotated is None else ~self.unannotated
 
     @property
     def missed(self) -> np.ndarray:
@@ -59,7 +67,7 @@ class Scores:
     @property
     def absent(self) -> np.ndarray:
         """(cases, classes) bool: neither has the class."""
-        return (self.ref_voxels == 0) & (self.pred_voxels == 0)
+        return (self.ref_voxels == 0) & (self.pred_voxels == 0) & self.looked_for
 
     def metric(self, name: str) -> np.ndarray:
         """(cases, classes). Raises ScoreError if the protocol does not report it."""
@@ -78,10 +86,14 @@ def score_case(
     protocol: Protocol,
     *,
     case: str = "case",
+    annotated: Collection[str] | None = None,
 ) -> Scores:
     """Scores of one case. pred, ref: class indices (D, H, W) uint8, ref may hold IGNORE. classes: background first.
 
-    spacing: mm per voxel, (D, H, W). Raises ValueError if they do not fit each other.
+    spacing: mm per voxel, (D, H, W). annotated: classes that were looked for, None is all. The others are left out. Where ref
+    has none of the annotated classes, they are known not to be: what is predicted there is wrong, unlike in training, where
+    such a voxel cannot be taught to be background.
+    Raises ValueError if they do not fit each other.
     """
     if pred.shape != ref.shape:
         raise ValueError(f"the prediction of {case} has the shape {pred.shape}, its reference {ref.shape}.")
@@ -90,14 +102,21 @@ def score_case(
     comparisons = compare_classes(pred, ref, len(classes), scored_spacing)
     values = [protocol.values(comparison, diagonal) for comparison in comparisons]
     voxels = np.array([comparison.voxels for comparison in comparisons])  # (classes, 3)
+    scored = np.array([values], float)
+    unannotated = None
+    if annotated is not None:
+        unannotated = np.array([[name not in annotated for name in classes[1:]]])
+        scored[unannotated] = np.nan
+        voxels[unannotated[0]] = 0
     return Scores(
-        protocol, (case,), tuple(classes[1:]), np.array([values], float), voxels[None, :, 0], voxels[None, :, 1]
+        protocol, (case,), tuple(classes[1:]), scored, voxels[None, :, 0], voxels[None, :, 1], unannotated=unannotated
     )
 
 
 def joined(scores: Sequence[Scores], *, unmatched: Iterable[str] = ()) -> Scores:
     """The cases of several scores, of one protocol and the same classes, in one."""
     first = scores[0]
+    partial = any(one.unannotated is not None for one in scores)
     return Scores(
         first.protocol,
         tuple(case for one in scores for case in one.cases),
@@ -106,6 +125,7 @@ def joined(scores: Sequence[Scores], *, unmatched: Iterable[str] = ()) -> Scores
         np.concatenate([one.pred_voxels for one in scores]),
         np.concatenate([one.ref_voxels for one in scores]),
         tuple(unmatched),
+        ~np.concatenate([one.looked_for for one in scores]) if partial else None,
     )
 
 
@@ -118,6 +138,7 @@ def score_folder(
     ignore_values: Collection[int] = (),
     pred_labels: Mapping[str, int] | None = None,
     cases: Collection[str] | None = None,
+    annotated: Mapping[str, Collection[str] | None] | None = None,
     workers: int = 2,
     progress: Callable[[str], None] = lambda case: None,
 ) -> dict[str, Scores]:
@@ -125,8 +146,9 @@ def score_folder(
 
     ref: a folder, or case id -> label file. labels: class name -> value in the reference files, background first;
     ignore_values: values there that nobody annotated. Both come from labels.json or dataset.json in ref, or beside it,
-    when labels is None; pred_labels likewise from pred. cases: score only these. workers: cases held in memory at once.
-    progress: called with each finished case. Cases are sorted by id.
+    when labels is None; pred_labels likewise from pred. cases: score only these. annotated: of a case, the classes that were
+    looked for, where those are not all; from cases.csv in ref, or beside it, when None. workers: cases held in memory at
+    once. progress: called with each finished case. Cases are sorted by id.
     Raises ScoreError or ImageError, naming the files, for whatever does not match.
     """
     pred_files = find_label_files(pred)
@@ -134,6 +156,8 @@ def score_folder(
         ref_files = find_label_files(ref)
         if labels is None:
             labels, ignore_values = read_labels_file(ref)
+        if annotated is None:
+            annotated = read_annotated(ref, ref_files, tuple(labels))
     else:
         ref_files = dict(ref)
     if labels is None:
@@ -144,15 +168,26 @@ def score_folder(
     wanted = sorted(ref_files if cases is None else cases)
     _check_files(pred, pred_files, ref_files, wanted)
     ref_values, pred_values = list(labels.values()), [pred_labels[name] for name in labels]
+    looked_for = annotated or {}
 
     def score(case: str) -> list[Scores]:
         pred_path, ref_path = pred_files[case], ref_files[case]
-        pred_image, ref_image = read_image(pred_path), read_image(ref_path)
+        ref_image = read_image(ref_path)
+        d, h, w = ref_image.array.shape
+        pred_image = turned_onto(read_image(pred_path), ref_image.affine, (d, h, w))
         _check_same_grid(pred_path, pred_image, ref_path, ref_image)
         pred_classes = _to_classes(pred_path, pred_image.array, pred_values, ())
         ref_classes = _to_classes(ref_path, ref_image.array, ref_values, ignore_values)
         return [
-            score_case(pred_classes, ref_classes, ref_image.spacing, tuple(labels), protocol, case=case)
+            score_case(
+                pred_classes,
+                ref_classes,
+                ref_image.spacing,
+                tuple(labels),
+                protocol,
+                case=case,
+                annotated=looked_for.get(case),
+            )
             for protocol in protocols
         ]
 
@@ -175,7 +210,12 @@ def score_folder(
 
 
 def find_label_files(folder: Path) -> dict[str, Path]:
-    """Case id -> label file, by name. Raises ScoreError for no folder, no label file, or two of one case."""
+    """Case id -> label file, by name, or as a table of files says (tailseg.data.tables).
+
+    Raises ScoreError for no folder, no label file, or two of one case.
+    """
+    if folder.suffix.lower() == ".csv" and folder.is_file():
+        return {case.id: case.label for case in cases_of_table(folder).values() if case.label is not None}
     if not folder.is_dir():
         raise ScoreError(f"No folder {folder}; give the folder that holds <case>.nii.gz files.")
     files: dict[str, Path] = {}
@@ -193,7 +233,7 @@ def find_label_files(folder: Path) -> dict[str, Path]:
 
 
 def read_labels_file(folder: Path) -> tuple[dict[str, int], tuple[int, ...]]:
-    """Class name -> value, in order of the values, and the values to ignore (nnU-Net's label called "ignore").
+    """Class name -> value, in order of the values, and the values to ignore: "ignore", which may have a list of them.
 
     From labels.json or dataset.json in the folder or the one above it: {"labels": {"background": 0, "liver": 1}}.
     Raises ScoreError when there is none, or none that says so.
@@ -209,13 +249,27 @@ def read_labels_file(folder: Path) -> tuple[dict[str, int], tuple[int, ...]]:
         labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
         if all(name.isdigit() for name in labels):  # nnU-Net v1 wrote value -> name
             labels = {name: int(value) for value, name in labels.items()}
+        ignored = labels.pop("ignore", [])
+        ignored = tuple(int(value) for value in (ignored if isinstance(ignored, list) else [ignored]))
         values = {str(name): int(value) for name, value in labels.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ScoreError(
             f'{path} must be JSON with one value for each class, like {{"labels": {{"background": 0, "liver": 1}}}}.'
         ) from error
-    ignored = (values.pop("ignore"),) if "ignore" in values else ()
     return dict(sorted(values.items(), key=lambda item: item[1])), ignored
+
+
+def read_annotated(folder: Path, cases: Collection[str], classes: Sequence[str]) -> dict[str, Collection[str] | None]:
+    """Case -> the classes that were looked for, None is all, as a table of files says itself, or cases.csv in the folder or the
+    one above it. Raises DataError.
+    """
+    if folder.suffix.lower() == ".csv" and folder.is_file():
+        return {case.id: case.annotated for case in cases_of_table(folder, classes).values()}
+    table = next((place / CASES_FILE for place in (folder, folder.parent) if (place / CASES_FILE).is_file()), None)
+    if table is None:
+        return {}
+    told = annotated_classes(table, classes)
+    return {case: told[case] for case in cases if case in told}
 
 
 def read_caveat(folder: Path) -> str:
@@ -225,7 +279,8 @@ def read_caveat(folder: Path) -> str:
 
 
 def write_scores(path: Path, scores: Scores) -> None:
-    """A CSV with a row for each case and class; an empty cell is a value that the protocol leaves out."""
+    """A CSV with a row for each case and class; an empty cell is a value that the protocol leaves out. Where nobody looked for
+    the class, the numbers of voxels are empty too."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow((*_COLUMNS, *scores.protocol.metrics))
@@ -233,6 +288,7 @@ def write_scores(path: Path, scores: Scores) -> None:
         for k, name in enumerate(scores.classes):
             cells = ["" if math.isnan(value) else repr(value) for value in scores.values[c, k].tolist()]
             voxels = int(scores.pred_voxels[c, k]), int(scores.ref_voxels[c, k])
+            voxels = voxels if scores.looked_for[c, k] else ("", "")
             writer.writerow((scores.protocol.name, case, name, *voxels, *cells))
     write_text(path, file.getvalue())
 
@@ -254,10 +310,13 @@ def read_scores(path: Path, protocol: Protocol | None = None) -> Scores:
         raise ScoreError(f"{path} is not whole, or not of protocol {protocol.name}; score the label files again.")
     shape = (len(cases), len(classes))
     values = np.array([[float(cell or "nan") for cell in row[len(_COLUMNS) :]] for row in rows])
-    voxels = np.array([[int(cell) for cell in row[3:5]] for row in rows])
+    voxels = np.array([[int(cell or 0) for cell in row[3:5]] for row in rows])
+    unannotated = np.array([row[4] == "" for row in rows]).reshape(shape)
+    pred_voxels, ref_voxels = (voxels[:, column].reshape(shape) for column in (0, 1))
     return Scores(
-        protocol, cases, classes, values.reshape(*shape, -1), voxels[:, 0].reshape(shape), voxels[:, 1].reshape(shape)
-    )
+        protocol, cases, classes, values.reshape(*shape, -1), pred_voxels, ref_voxels,
+        unannotated=unannotated if unannotated.any() else None,
+    )  # fmt: skip
 
 
 def _check_same_classes(pred: Path, pred_labels: Mapping[str, int], labels: Mapping[str, int]) -> None:

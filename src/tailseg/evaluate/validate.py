@@ -33,7 +33,11 @@ class Validator:
     batch_size: int = 4
 
     def __call__(self, method: Method) -> Tensor:
-        """(K - 1,) Dice per foreground class: mean over the cases that hold or predict it, NaN where none does."""
+        """(K - 1,) Dice per foreground class: mean over the cases that hold or predict it, NaN where none does.
+
+        Cases in which nobody looked for a class say nothing of it. Of the others they tell only where a class was labelled:
+        their background is unknown here, so that Dice is too good where much is predicted there.
+        """
         total = torch.zeros(2, method.task.num_classes - 1)
         for case in self.cases[self.runtime.rank :: self.runtime.ranks]:
             dice = self._dice(method, case)
@@ -65,4 +69,6 @@ class Validator:
             prediction, target = probs.argmax(0)[None], label[None, start : start + probs.shape[1]]
             counts += torch.stack(hard_dice_counts(prediction, target, num_classes))
         hits, sizes = counts[:, 1:].cpu()
-        return torch.where(sizes > 0, 2 * hits / sizes.clamp(min=1), torch.nan)
+        dice = torch.where(sizes > 0, 2 * hits / sizes.clamp(min=1), torch.nan)
+        dice[[label - 1 for label in self.store.cases[case].unannotated]] = torch.nan
+        return dice
