@@ -227,3 +227,77 @@ def test_a_run_with_a_random_teacher_carries_its_mark_to_the_scores(
     assert "RANDOM TEACHER" in json.loads((predictions / "native.json").read_text())["caveat"]
     checkpoint = (out / "last.pt").read_bytes()
     assert b"projector" in checkpoint and b"dino." not in checkpoint
+
+
+def test_check_is_quiet_when_all_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    root = make_tiny(tmp_path / "tiny")
+    assert run("check", root, "--workers", 1) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0].startswith("tiny: 7 cases, 5 labelled and 2 unlabelled")
+    assert lines[-1] == "no problems in 7 cases" and max(map(len, lines)) <= 80 and len(lines) < 12
+
+
+def test_check_tells_everything_at_once_and_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    root = make_tiny(tmp_path / "tiny")
+    (root / "imagesTr" / "u0_0000.nii.gz").write_bytes(b"no scan")
+    (root / "labelsTr" / "z.nii.gz").touch()
+    assert run("check", root, "--workers", 1) == 1
+    shown = capsys.readouterr().out
+    assert "error orphan-label" in shown and "error unreadable" in shown and "way out:" in shown
+    assert run("check", root, "--workers", 1, "--json") == 1
+    captured = capsys.readouterr()
+    tree = json.loads(captured.out)
+    assert not captured.err and tree["errors"] == 2
+    assert [problem["file"] for problem in tree["problems"]] == ["labelsTr/z.nii.gz", "imagesTr/u0_0000.nii.gz"]
+    assert run("check", root / "nowhere") == 2
+    assert "it does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spatial_dims", [3, 2])
+def test_a_planned_recipe_is_shown_trained_and_not_overwritten(
+    spatial_dims: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    root = make_tiny(tmp_path / "tiny", unlabelled=3)
+    if spatial_dims == 2:
+        for path in root.glob("*Tr/*.nii.gz"):
+            scan = nib.load(path)
+            nib.save(nib.Nifti1Image(np.asarray(scan.dataobj)[..., 6:14], scan.affine), path)
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert run("plan", root, "--hours", 0.05, "--workers", 1, "--device", "cpu") == 0
+    told = capsys.readouterr().out
+    assert "Imbalance" in told and "tailseg train tiny.yaml" in told
+    splits = json.loads((tmp_path / "tiny_splits.json").read_text())
+    assert list(splits) == [f"fold{i}" for i in range(5)] and splits["fold0"]["test"] == []
+    assert run("show", "tiny.yaml") == 0
+    tree = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
+    assert len(tree["data"]["patch_size"]) == spatial_dims and tree["data"]["split"] == "fold0"
+    text = (tmp_path / "tiny.yaml").read_text()
+    short = ["train.epochs=1", "train.steps_per_epoch=2", "train.threads=1", "network.width=4", "data.batch=[2,2]"]
+    assert run("train", "tiny.yaml", *short, "--out", "run", "--workers", 1) == 0
+    assert (tmp_path / "run" / "best.pt").exists()
+    capsys.readouterr()
+    assert run("plan", root, "--workers", 1) == 2
+    assert "tiny.yaml exists; add --force" in capsys.readouterr().err
+    assert (tmp_path / "tiny.yaml").read_text() == text
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def test_a_plan_for_a_named_split_looks_at_its_labelled_cases_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    root = make_tiny(tmp_path / "tiny")
+    (root / "imagesTr" / "t_0000.nii.gz").write_bytes(b"a test case that nobody may read")
+    out = tmp_path / "mine.yaml"
+    options = ("--split", "tiny", "--hours", 0.05, "--device", "cpu", "--workers", 1)
+    assert run("plan", root, *options, "--method", "mean_teacher", "--out", out) == 0
+    tree = yaml.safe_load(out.read_text())
+    assert tree["data"]["split"] == "tiny" and "split_file" not in tree["data"]
+    assert tree["method"]["name"] == "mean_teacher"
+    assert "2 labelled, 2 unlabelled, 2 validation, 1 test" in out.read_text()
+    capsys.readouterr()
+    assert run("plan", root, "--split", "tidy", "--force") == 2
+    assert "Did you mean 'tiny'?" in capsys.readouterr().err
+    assert run("plan", root, "--out", root / "recipe.yaml") == 2
+    assert "never written to" in capsys.readouterr().err

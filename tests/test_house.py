@@ -39,8 +39,9 @@ MAY_IMPORT = {
     "checks": GROUND | CHOICES | {"components", "train"},
     "recipe": GROUND | ENGINE | CHOICES | {"components"},
     "app": BELOW_APP,
+    "planning": BELOW_APP,
     "demo": BELOW_APP | {"app"},
-    "cli": BELOW_APP | {"app", "demo"},
+    "cli": BELOW_APP | {"app", "planning", "demo"},
 }
 """The first part of a module's name -> what it may import of TailSeg. The front door, __init__, loads names lazily."""
 

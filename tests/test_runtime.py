@@ -25,7 +25,8 @@ def test_an_emulated_precision_is_used_as_asked_and_said(monkeypatch: pytest.Mon
     options = RuntimeOptions(device="cpu", precision="bf16")
     with (
         pytest.warns(UserWarning, match=r"only emulates bf16; train\.precision=auto"),
-        start_runtime(options, 0) as made,made.autocast()
+        start_runtime(options, 0) as made,
+        made.autocast(),
     ):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 

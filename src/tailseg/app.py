@@ -22,6 +22,7 @@ import torch
 
 from tailseg.components import make_build, make_method
 from tailseg.core import Method, Task
+from tailseg.data.check import CheckReport, check_dataset
 from tailseg.data.companions import CompanionStore
 from tailseg.data.prepare import prepare_dataset
 from tailseg.data.raw import Case, RawDataset, read_raw
@@ -49,6 +50,11 @@ MAY_CHANGE_ON_RESUME = {"train.epochs", "train.device", "train.threads", "train.
 
 def silent(done: int, total: int, case: str) -> None:
     """A Report that says nothing."""
+
+
+def check(root: Path, report: Report = silent, workers: int = 1) -> CheckReport:
+    """All that is wrong with a raw data set, and what it holds; nothing is written."""
+    return check_dataset(root, workers=workers, progress=report)
 
 
 def prepare(recipe: Recipe, report: Report = silent, workers: int = 1) -> tuple[Store, RawDataset, Split]:

@@ -31,6 +31,77 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 KINDS = ("methods", "networks", "weighters", "preparations", "protocols")
 
 
+@cli.command(name="check")
+def check_(
+    folder: Annotated[Path, typer.Argument(help="data set: images, labels, dataset.json")],
+    json_: Annotated[bool, typer.Option("--json", help="write facts and problems as JSON, and nothing else")] = False,
+    workers: Workers = 2,
+    debug: Debug = False,
+) -> None:
+    """Read every scan of a data set once and say all that is wrong with it, and what it holds.
+
+    Exits with 1 if it holds errors, which keep it from being trained on; warnings ask for a look.
+    """
+    from tailseg import app
+    from tailseg.data.check_text import check_text
+
+    if json_:
+        import json
+
+        report = app.check(folder, workers=workers)
+        typer.echo(json.dumps(report.to_dict(), indent=1, allow_nan=False))
+    else:
+        with _progress("checking") as progress:
+            report = app.check(folder, progress, workers)
+        console.print(check_text(report), highlight=False)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@cli.command()
+def plan(
+    folder: Annotated[Path, typer.Argument(help="a data set, as `tailseg check` takes it")],
+    out: Annotated[Path | None, typer.Option(help="recipe to write; default <folder name>.yaml")] = None,
+    hours: Annotated[float, typer.Option(min=0.0, help="for the whole run, on this machine")] = 8.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
+    split: Annotated[str | None, typer.Option(help="a split of the folder's splits.json; default: made here")] = None,
+    test: Annotated[list[str] | None, typer.Option(help="labelled case to keep out of training, repeatable")] = None,
+    method: Annotated[str | None, typer.Option(help="instead of the one that the data suggest")] = None,
+    store: Annotated[Path, typer.Option(help="folder for the prepared scans")] = Path("stores"),
+    force: Annotated[bool, typer.Option("--force", help="replace a recipe that is there")] = False,
+    workers: Workers = 2,
+    debug: Debug = False,
+) -> None:
+    """Look at a folder and this machine, and write a recipe to read and edit: every choice with its reason."""
+    from rich.markup import escape
+
+    from tailseg import planning
+    from tailseg.data.plan_file import estimate_lines, fingerprint_lines
+
+    with _progress("reading") as report:
+        made = planning.plan(
+            folder,
+            out,
+            split=split,
+            test=test or (),
+            hours=hours,
+            device=device,
+            method=method,
+            store=store,
+            force=force,
+            workers=workers,
+            report=report,
+        )
+    for line in (*fingerprint_lines(made.fingerprint), *estimate_lines(made.plan, made.machine)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for note in made.plan.notes:
+        console.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
+    also = f" and {made.split_file}" if made.split_file else ""
+    console.print(
+        f"wrote {made.recipe}{also}; read it, then: tailseg train {made.recipe}", highlight=False, soft_wrap=True
+    )
+
+
 @cli.command()
 def prepare(recipe: RecipeArgument, overrides: Overrides = None, workers: Workers = 2, debug: Debug = False) -> None:
     """Read, check, resample and normalise the scans of a recipe once; training does it too where it is missing."""

@@ -278,8 +278,8 @@ def _prepare(job: _Job) -> _Outcome:
     try:
         prepared = prepare_case(*load_case(job.case, job.dataset), job.preparation)
         classes, annotated = job.dataset.classes, job.case.annotated
-        partial = prepared.label is not None and annotated is not None
-        unannotated = tuple(k for k, name in enumerate(classes) if k and partial and name not in annotated)
+        known = classes if prepared.label is None or annotated is None else annotated
+        unannotated = tuple(k for k, name in enumerate(classes) if k and name not in known)
         return _Outcome(write_case(job.store, job.case.id, prepared, len(classes), job.source, unannotated))
     except ImageError as error:
         return _Outcome(None, str(error))  # it names the file itself
