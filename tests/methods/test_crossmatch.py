@@ -12,7 +12,8 @@ from torch import Tensor
 from tailseg.checks import LATER_STEP, example_batch, example_task, make_example
 from tailseg.core import Batch, Progress, Task
 from tailseg.methods import crossmatch
-from tailseg.methods.crossmatch import CrossMatch, _Target
+from tailseg.methods.crossmatch import CrossMatch
+from tailseg.parts.pseudo_labels import PseudoLabels
 
 TASK = Task(("background", "a", "b", "c"), 1, 2, (1.0, 1.0), (1000, 100, 10, 10))
 BINARY = example_task(2)
@@ -53,14 +54,16 @@ def test_binary_dice_of_the_worked_example(tau: float, expected: float):
     labels = torch.tensor([1, 1, 0, 0]).reshape(1, 1, 1, 4)
     confidence = torch.tensor([0.9, 0.6, 0.7, 0.95]).reshape(1, 1, 1, 4)
     method = CrossMatch(BINARY, build_scripted(), **LA)
-    assert method._unsup_loss(log_probs, _Target(labels, confidence >= tau)).item() == pytest.approx(expected, abs=1e-6)
+    assert method._unsup_loss(log_probs, PseudoLabels(labels, confidence >= tau)).item() == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(("tau", "expected"), [(0.2, 0.2554469), (0.5, 0.3417329)])
 def test_dice_over_classes_of_the_worked_example(tau: float, expected: float):
     probs = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.2, 0.6, 0.1, 0.1], [0.1, 0.2, 0.6, 0.1], [0.25] * 4])
     kept = probs.amax(1).reshape(1, 2, 2) >= tau
-    target = _Target(torch.arange(4).reshape(1, 2, 2), kept)
+    target = PseudoLabels(torch.arange(4).reshape(1, 2, 2), kept)
     loss = scripted()._unsup_loss(probs.T.reshape(1, 4, 2, 2).log(), target)
     assert loss.item() == pytest.approx(expected, abs=2e-7)
 

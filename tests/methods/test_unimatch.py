@@ -12,7 +12,8 @@ from torch import Tensor
 from tailseg.checks import LATER_STEP, example_batch, example_task, make_example
 from tailseg.core import Batch, Task
 from tailseg.methods import unimatch
-from tailseg.methods.unimatch import UniMatch, _Target
+from tailseg.methods.unimatch import UniMatch
+from tailseg.parts.pseudo_labels import PseudoLabels
 
 TASK = Task(("background", "a", "b", "c"), 1, 2, (1.0, 1.0), (1000, 100, 10, 10))
 PROBS = [[0.7, 0.1, 0.1, 0.1], [0.2, 0.6, 0.1, 0.1], [0.1, 0.2, 0.6, 0.1], [0.25] * 4]
@@ -50,15 +51,15 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.mark.parametrize(("tau", "expected"), [(0.2, 0.2554653), (0.5, 0.3424860), (0.65, 0.7643514), (0.95, 0.0)])
 def test_dice_of_the_worked_example(tau: float, expected: float):
-    loss = scripted()._unsup_loss(pixels(PROBS), _Target(LABELS, tau <= CONFIDENCE))
+    loss = scripted()._unsup_loss(pixels(PROBS), PseudoLabels(LABELS, tau <= CONFIDENCE))
     assert loss.item() == pytest.approx(expected, abs=1e-7)
 
 
 def test_a_target_is_kept_where_its_largest_probability_reaches_tau():
-    target = _Target.of(pixels(PROBS), 0.5)
+    target = PseudoLabels.of(pixels(PROBS), 0.5)
     assert target.labels[0, :, :].flatten().tolist()[:3] == [0, 1, 2]
     assert target.kept.flatten().tolist() == [True, True, True, False]
-    assert _Target.of(pixels([[0.125, 0.125, 0.5, 0.25]] * 4), 0.5).kept.all()  # as sure as tau is sure enough
+    assert PseudoLabels.of(pixels([[0.125, 0.125, 0.5, 0.25]] * 4), 0.5).kept.all()  # as sure as tau is sure enough
 
 
 def test_the_total_of_the_worked_example(monkeypatch: pytest.MonkeyPatch):
@@ -84,7 +85,7 @@ def test_passes_modes_and_images_are_those_of_the_algorithm(plain: pytest.Monkey
 
 
 def test_strong_views_learn_the_labels_of_v_inside_the_box(plain: pytest.MonkeyPatch):
-    targets: list[_Target] = []
+    targets: list[PseudoLabels] = []
     method = scripted()
     plain.setattr(method, "_unsup_loss", lambda log_probs, target: targets.append(target) or log_probs.sum() * 0)
     method.step(batch_of_three(), LATER_STEP)
@@ -137,7 +138,7 @@ def test_cross_entropy_can_replace_the_dice_on_unlabelled_images(plain: pytest.M
 
 
 def test_the_background_can_be_left_out_of_every_dice():
-    target = _Target(LABELS, CONFIDENCE >= 0.2)
+    target = PseudoLabels(LABELS, CONFIDENCE >= 0.2)
     with_background = scripted()._unsup_loss(pixels(PROBS), target)
     without = scripted(include_background=False)._unsup_loss(pixels(PROBS), target)
     background = 1 - 2 * 0.7 / (0.49 + 0.04 + 0.01 + 0.0625 + 1)

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Literal, NamedTuple, Self, final
+from typing import Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -43,20 +43,8 @@ from tailseg.parts.counts import count_classes
 from tailseg.parts.losses import cross_entropy, log_softmax, masked_cross_entropy, soft_dice_loss
 from tailseg.parts.mixing import cutmix_boxes, paste
 from tailseg.parts.perturb import drop_channels, strong_view, unperturbed
+from tailseg.parts.pseudo_labels import PseudoLabels
 from tailseg.parts.ramps import gaussian_ramp
-
-
-class _Target(NamedTuple):
-    labels: Tensor  # (B, *S) int64
-    kept: Tensor  # (B, *S) bool, sure enough
-
-    @classmethod
-    def of(cls, log_probs: Tensor, tau: float) -> Self:
-        confidence, labels = log_probs.detach().max(1)
-        return cls(labels, confidence.exp() >= tau)
-
-    def paste(self, inside: _Target, boxes: Tensor) -> _Target:
-        return _Target(paste(inside.labels, self.labels, boxes), paste(inside.kept, self.kept, boxes))
 
 
 @final
@@ -107,7 +95,7 @@ class CrossMatch(Method):
         u, v = batch.x_u.chunk(2)  # one draw; the authors draw v on its own
         with torch.no_grad(), unperturbed(self.net) if self.mix_eval else contextlib.nullcontext():
             # one pass; the authors make a clean one, and another with x_l for the dropped streams
-            inside_n, inside_w, inside_s = (_Target.of(q, tau) for q in self._streams(v, 0)[1:])
+            inside_n, inside_w, inside_s = (PseudoLabels.of(q, tau) for q in self._streams(v, 0)[1:])
         p_x, p_n, p_w, p_s = self._streams(torch.cat([batch.x_l, u]), n)
 
         u_1, u_2, v_1, v_2 = strong_view(torch.cat([u, u, v, v])).chunk(4)
@@ -115,10 +103,10 @@ class CrossMatch(Method):
         mixed = torch.cat([paste(v_1, u_1, boxes_1), paste(v_2, u_2, boxes_2)])
         p_n1, p_n2, p_w2, p_s2 = self._streams(mixed, len(u))
 
-        target_n = _Target.of(p_n, tau)
+        target_n = PseudoLabels.of(p_n, tau)
         target_n1, target_n2 = target_n.paste(inside_n, boxes_1), target_n.paste(inside_n, boxes_2)
-        target_w2 = _Target.of(p_w, tau).paste(inside_w, boxes_2)
-        target_s2 = _Target.of(p_s, tau).paste(inside_s, boxes_2)
+        target_w2 = PseudoLabels.of(p_w, tau).paste(inside_w, boxes_2)
+        target_s2 = PseudoLabels.of(p_s, tau).paste(inside_s, boxes_2)
 
         loss = self._unsup_loss
         sup = (cross_entropy(p_x, batch.y_l) + self._dice(p_x, batch.y_l)) / 2
@@ -175,7 +163,7 @@ class CrossMatch(Method):
     def _dice(self, log_probs: Tensor, target: Tensor, kept: Tensor | None = None) -> Tensor:
         return soft_dice_loss(log_probs, target, kept, smooth=self.smooth, include_background=self.include_background)
 
-    def _unsup_loss(self, log_probs: Tensor, target: _Target) -> Tensor:
+    def _unsup_loss(self, log_probs: Tensor, target: PseudoLabels) -> Tensor:
         loss = self._dice if self.unsup == "dice" else masked_cross_entropy
         return loss(log_probs, target.labels, target.kept)
 

@@ -26,7 +26,7 @@ Deviations: the labelled features are not decoded a second time with dropped cha
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Self, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -36,19 +36,7 @@ from tailseg.parts.counts import count_classes
 from tailseg.parts.losses import cross_entropy, log_softmax, masked_cross_entropy, soft_dice_loss
 from tailseg.parts.mixing import cutmix_boxes, paste
 from tailseg.parts.perturb import drop_channels, strong_view, unperturbed
-
-
-class _Target(NamedTuple):
-    labels: Tensor  # (B, *S) int64
-    kept: Tensor  # (B, *S) bool, sure enough
-
-    @classmethod
-    def of(cls, log_probs: Tensor, tau: float) -> Self:
-        confidence, labels = log_probs.detach().max(1)
-        return cls(labels, confidence.exp() >= tau)
-
-    def paste(self, inside: _Target, boxes: Tensor) -> _Target:
-        return _Target(paste(inside.labels, self.labels, boxes), paste(inside.kept, self.kept, boxes))
+from tailseg.parts.pseudo_labels import PseudoLabels
 
 
 @final
@@ -86,7 +74,7 @@ class UniMatch(Method):
         n = len(batch.x_l)
         u, v = batch.x_u.chunk(2)  # one draw; the authors draw v on its own
         with torch.no_grad(), unperturbed(self.net):
-            target_v = _Target.of(log_softmax(self.net(v).logits), self.tau)
+            target_v = PseudoLabels.of(log_softmax(self.net(v).logits), self.tau)
 
         features = self.net.encoder(torch.cat([batch.x_l, u]))
         # the authors decode the labelled features here too, and throw the result away
@@ -94,7 +82,7 @@ class UniMatch(Method):
         joint = [torch.cat(pair) for pair in zip(features, dropped, strict=True)]
         log_probs = log_softmax(self.net.decoders[0](joint).logits)
         p_x, p_w, p_fp = log_probs.split([n, len(u), len(u)])
-        target_w = _Target.of(p_w, self.tau)
+        target_w = PseudoLabels.of(p_w, self.tau)
 
         u_1, u_2, v_1, v_2 = strong_view(torch.cat([u, u, v, v])).chunk(4)
         boxes_1, boxes_2 = cutmix_boxes(2 * len(u), u.shape[2:], device=u.device).chunk(2)
@@ -116,7 +104,7 @@ class UniMatch(Method):
     def _dice(self, log_probs: Tensor, target: Tensor, kept: Tensor | None = None) -> Tensor:
         return soft_dice_loss(log_probs, target, kept, smooth=self.smooth, include_background=self.include_background)
 
-    def _unsup_loss(self, log_probs: Tensor, target: _Target) -> Tensor:
+    def _unsup_loss(self, log_probs: Tensor, target: PseudoLabels) -> Tensor:
         loss = self._dice if self.unsup == "dice" else masked_cross_entropy
         return loss(log_probs, target.labels, target.kept)
 

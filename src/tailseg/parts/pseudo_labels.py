@@ -1,0 +1,26 @@
+"""Hard labels made by a network, and where it is sure enough of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Self
+
+from torch import Tensor
+
+from tailseg.parts.mixing import paste
+
+
+class PseudoLabels(NamedTuple):
+    """labels: (B, *S) int64. kept: (B, *S) bool, where they count."""
+
+    labels: Tensor
+    kept: Tensor
+
+    @classmethod
+    def of(cls, log_probs: Tensor, tau: float) -> Self:
+        """The likeliest classes of log-probabilities (B, K, *S); kept where their probability is at least tau."""
+        confidence, labels = log_probs.detach().max(1)
+        return cls(labels, confidence.exp() >= tau)
+
+    def paste(self, inside: PseudoLabels, boxes: Tensor) -> PseudoLabels:
+        """Those of `inside` in the boxes (B, *S), these elsewhere."""
+        return PseudoLabels(paste(inside.labels, self.labels, boxes), paste(inside.kept, self.kept, boxes))
