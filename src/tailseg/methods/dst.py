@@ -133,7 +133,7 @@ class DST(Method):
 
 
 def reversal_strength(step: int, maximum: float, steps: int) -> float:
-    """c(i): 0 at first, towards maximum over some times `steps` steps; from the steps done, so there is no state to resume."""
+    """c(i): 0 at first, near maximum after a few times `steps` steps; from the steps done, so there is no state to resume."""
     return 2 * maximum / (1 + math.exp(-step / steps)) - maximum
 
 
