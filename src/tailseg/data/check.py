@@ -7,17 +7,11 @@ of one case, and this file at what only shows across cases: spacings, copies, cl
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import statistics
-import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +24,7 @@ from tailseg.data.errors import DataError
 from tailseg.data.problems import RULES, Problem, Severity
 from tailseg.data.sides import sided_pairs
 from tailseg.data.splits import SETS, read_split
+from tailseg.data.workers import WorkerKilled, work_through
 from tailseg.options import suggest
 
 SPACING_FACTOR = 1.5
@@ -407,54 +402,16 @@ class _Job:
 
 def _examine(dataset: RawDataset, workers: int, progress: Progress) -> list[CaseFacts]:
     """Of every case, by id."""
-    jobs = [_Job(replace(dataset, cases={id_: case})) for id_, case in dataset.cases.items()]
+    jobs = {id_: _Job(replace(dataset, cases={id_: case})) for id_, case in dataset.cases.items()}
     facts: dict[str, CaseFacts] = {}
-    with closing(_outcomes(jobs, min(workers, len(jobs)))) as outcomes:
-        for done, each in enumerate(outcomes, 1):
-            facts[each.case] = each
-            progress(done, len(jobs), each.case)
+    try:
+        with closing(work_through(_examine_job, jobs, min(workers, len(jobs)))) as outcomes:
+            for done, (case, each) in enumerate(outcomes, 1):
+                facts[case] = each
+                progress(done, len(jobs), case)
+    except WorkerKilled as killed:
+        raise DataError(f"A worker was killed while it read one of {killed.cases}, {killed}") from killed
     return [facts[case] for case in dataset.cases]
-
-
-def _outcomes(jobs: list[_Job], workers: int) -> Generator[CaseFacts]:
-    """As they finish, one job per worker at a time. Raises DataError if a worker was killed."""
-    if workers <= 1:
-        yield from map(_examine_job, jobs)
-        return
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload([__name__])
-    waiting = iter(jobs)
-    running: dict[Future[CaseFacts], str] = {}
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
-        try:
-            for job in islice(waiting, workers):
-                running[pool.submit(_examine_job, job)] = job.case.id
-            while running:
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    facts = future.result()
-                    del running[future]
-                    yield facts
-                    for job in islice(waiting, 1):
-                        running[pool.submit(_examine_job, job)] = job.case.id
-        except BrokenProcessPool as error:
-            killed = ", ".join(case for future, case in running.items() if not future.done() or future.exception())
-            raise DataError(
-                f"A worker was killed while it read one of {killed}, most likely for lack of memory: use fewer than "
-                f'{workers} workers. A script of your own must do this under `if __name__ == "__main__":`.'
-            ) from error
-
-
-def _start_worker() -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """The workers of a pool outlive a parent that is killed: they would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _examine_job(job: _Job) -> CaseFacts:

@@ -5,13 +5,11 @@ Labelled cases are read one at a time and leave counts and a few thousand voxels
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,6 +19,7 @@ from tailseg.core import IGNORE
 from tailseg.data.geometry import Geometry, Spacing
 from tailseg.data.image import ImageError, Shape, read_geometry
 from tailseg.data.raw import Case, DataError, RawDataset, load_case
+from tailseg.data.workers import WorkerKilled, work_through
 
 SAMPLES = 10_000  # voxels of a case and channel, overall and inside the classes; fewer each where cases are many
 ALL_SAMPLES = 4_000_000  # values kept together: 16 MB of float32
@@ -239,21 +238,12 @@ def _look(job: _Job) -> _Facts | str:
 
 def _results(jobs: list[_Job], workers: int) -> Iterator[_Facts | str]:
     """As they finish."""
-    if workers <= 1:
-        yield from map(_look, jobs)
-        return
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, context) as pool:
-        futures = [pool.submit(_look, job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool:
-            yield "A worker was killed while it read a scan, most likely for lack of memory: use fewer workers."
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    try:
+        with closing(work_through(_look, {next(iter(job.dataset.cases)): job for job in jobs}, workers)) as results:
+            for _, result in results:
+                yield result
+    except WorkerKilled as killed:
+        yield f"A worker was killed while it read one of {killed.cases}, {killed}"
 
 
 def _together(dataset: RawDataset, facts: Sequence[_Facts], others: Iterable[Grid]) -> Fingerprint:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import errno
 import logging
-import multiprocessing
 import os
 import shutil
-import threading
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from math import prod
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 
 from tailseg.data.case_folder import TEMPORARY, read_case_info, write_case
@@ -26,6 +20,7 @@ from tailseg.data.image import ImageError, read_geometry
 from tailseg.data.preparation import PREPARATIONS, Preparation, PreparedCase, prepare_case
 from tailseg.data.raw import Case, DataError, RawDataset, load_case
 from tailseg.data.store import CaseInfo, Store, StoreRecipe
+from tailseg.data.workers import WorkerKilled, work_through
 from tailseg.files import write_json
 
 __all__ = ["PREPARATIONS", "Preparation", "PreparedCase", "prepare_case", "prepare_dataset", "store_path"]
@@ -213,63 +208,25 @@ def _run(jobs: list[_Job], workers: int, progress: Progress) -> dict[str, CaseIn
     """Prepares all of them. Raises DataError with every problem."""
     made: dict[str, CaseInfo] = {}
     problems: list[str] = []
-    with closing(_outcomes(jobs, workers)) as outcomes:  # so that no worker writes any more when this returns
-        for done, (case, outcome) in enumerate(outcomes, 1):
-            if outcome.info is not None:
-                made[case] = outcome.info
-            else:
-                problems.append(outcome.problem)
-            progress(done, len(jobs), case)
-            if outcome.hopeless:
-                break
+    by_case = {job.case.id: job for job in jobs}
+    try:
+        with closing(
+            work_through(_prepare, by_case, workers)
+        ) as outcomes:  # no worker writes any more when this returns
+            for done, (case, outcome) in enumerate(outcomes, 1):
+                if outcome.info is not None:
+                    made[case] = outcome.info
+                else:
+                    problems.append(outcome.problem)
+                progress(done, len(jobs), case)
+                if outcome.hopeless:
+                    break
+    except WorkerKilled as killed:
+        problems.append(f"A worker was killed while it prepared one of {killed.cases}, {killed}")
     if problems:
         heading = [f"{len(problems)} problems:"] if len(problems) > 1 else []
         raise DataError("\n".join([*heading, *problems]))
     return made
-
-
-def _outcomes(jobs: list[_Job], workers: int) -> Generator[tuple[str, _Outcome]]:
-    """Each case with what became of it, as they finish."""
-    if workers <= 1:
-        for job in jobs:
-            yield job.case.id, _prepare(job)
-        return
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload([__name__])
-    waiting = iter(jobs)
-    running: dict[Future[_Outcome], str] = {}
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
-        try:
-            # One job per worker at a time, so that the cases in flight are known should a worker be killed.
-            for job in islice(waiting, workers):
-                running[pool.submit(_prepare, job)] = job.case.id
-            while running:
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    outcome = future.result()
-                    yield running.pop(future), outcome
-                    for job in islice(waiting, 1):
-                        running[pool.submit(_prepare, job)] = job.case.id
-        except BrokenProcessPool:
-            killed = ", ".join(case for future, case in running.items() if not future.done() or future.exception())
-            problem = (
-                f"A worker was killed while it prepared one of {killed}, most likely for lack of memory: use fewer than "
-                f'{workers} workers. A script of your own must do this under `if __name__ == "__main__":`.'
-            )
-            yield killed, _Outcome(None, problem, hopeless=True)
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """The workers of a pool outlive a parent that is killed: they would wait for work for ever, holding their memory."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _prepare(job: _Job) -> _Outcome:
