@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,25 @@ def test_a_train_line_holds_means_since_the_line_before(tmp_path):
     assert second["logs"]["ramp"] == 2.0
     assert second["logs"]["weight"] == {"background": 1.0, "liver": 2.0, "spleen": None, "adrenal": 4.0}
     assert 0 <= second["seconds_per_step"] < 1
+
+
+def test_a_train_line_tells_what_share_of_the_predictions_each_class_had(tmp_path):
+    with make_watch(tmp_path) as watch:
+        run(watch, 0, 3, predicted=(60, 20, 10, 10))
+        run(watch, 3, 5, predicted=(100, 0, 0, 0))
+    (line,) = kinds(tmp_path, "train")
+    assert line["predicted"] == pytest.approx({"background": 0.76, "liver": 0.12, "spleen": 0.06, "adrenal": 0.06})
+
+
+def test_a_validation_line_tells_how_long_it_took(tmp_path):
+    with make_watch(tmp_path) as watch:
+        run(watch, 0, 10)
+        time.sleep(0.02)
+        watch.validation(Progress(10, TOTAL, 10), [0.5, 0.2, 0.1], is_best=True)
+        watch.validation(Progress(10, TOTAL, 10), [0.5, 0.2, 0.1], is_best=False)
+    timed, untimed = kinds(tmp_path, "validation")
+    assert 0.02 <= timed["seconds"] < 5
+    assert untimed["seconds"] is None
 
 
 def test_a_loss_given_in_some_steps_only_is_averaged_over_those(tmp_path):

@@ -1,8 +1,10 @@
 """What a person sees of a run: the terminal, metrics.jsonl, TensorBoard, and an alarm when a class is never predicted.
 
 The kinds of lines in metrics.jsonl:
-train       losses and logs, means over the steps since the line before; seconds_per_step without validation
-validation  Dice per foreground class (null: no validation case holds it), their mean, and whether it is the best so far
+train       losses and logs, means over the steps since the line before; seconds_per_step without validation; predicted:
+            share of each class among the voxels that this process predicted in them, by the method's own account
+validation  Dice per foreground class (null: no validation case holds it), their mean, whether it is the best so far, and the
+            seconds it took (null: right after a resume)
 alarm       a class that no prediction of this process held for absent_steps; alarm_cleared when one does again
 Everywhere step counts the optimiser steps done and epoch the one they fell in, from 1.
 """
@@ -69,6 +71,7 @@ class Watch:
         self._sums.add("losses", output.losses)
         self._sums.add("logs", self._checked(output.logs))
         predicted = output.predicted.detach()  # (K,)
+        self._sums.add("predicted", {"voxels": predicted})
         self._last_seen = torch.where(predicted > 0, self._step, self._last_seen.to(predicted.device))
         due = self._step % self.log_every == 0 or self._step == progress.total_steps
         means = self._sums.take() if due else None  # waits for the device, which is time of the steps
@@ -85,7 +88,9 @@ class Watch:
         held = [value for value in dice if not math.isnan(value)]
         mean = sum(held) / len(held) if held else math.nan
         epoch = _epoch(progress.step, progress)
-        self._write("validation", progress.step, {"epoch": epoch, "dice": scores, "mean": mean, "best": is_best})
+        took = self._pace.since_lap()
+        values = {"epoch": epoch, "dice": scores, "mean": mean, "best": is_best, "seconds": took}
+        self._write("validation", progress.step, values)
         self._tensorboard({"dice": {**scores, "mean": mean}}, progress.step)
         self._best = mean if is_best else self._best
         best = "" if self._best is None else f" (best {self._best:.3f})"
@@ -140,6 +145,7 @@ class Watch:
 
     def _log(self, progress: Progress, means: Mapping[str, Values], lr: float) -> None:
         losses, logs = means["losses"], {name: self._by_class(value) for name, value in means["logs"].items()}
+        predicted = self._by_class(_shares(means["predicted"]["voxels"]))
         pace = self._pace.take()
         line = {
             "epoch": _epoch(self._step, progress),
@@ -147,9 +153,11 @@ class Watch:
             "losses": losses,
             "seconds_per_step": pace,
             "logs": logs,
+            "predicted": predicted,
         }
         self._write("train", self._step, line)
-        self._tensorboard({"lr": lr, "seconds_per_step": pace, "loss": losses, **logs}, self._step)
+        points = {"lr": lr, "seconds_per_step": pace, "loss": losses, "predicted": predicted, **logs}
+        self._tensorboard(points, self._step)
         self._losses_text = "  ".join([*(f"{name} {value:.4g}" for name, value in losses.items()), f"lr {lr:.3g}"])
         self._alarm(self._last_seen.tolist())
 
@@ -204,7 +212,7 @@ class _Sums:
 
     def take(self) -> dict[str, Values]:
         """Means over the steps in which a name was given, as numbers or lists; then everything starts anew."""
-        means: dict[str, Values] = {"losses": {}, "logs": {}}
+        means: dict[str, Values] = {"losses": {}, "logs": {}, "predicted": {}}
         flat = iter(torch.cat([total.reshape(-1) for total in self._sums.values()]).tolist())
         for (group, name), total in self._sums.items():
             values = [next(flat) / self._counts[group, name] for _ in range(total.numel())]
@@ -225,6 +233,9 @@ class _Pace:
             self._laps, self._seconds = self._laps + 1, self._seconds + now - self._since
         self._since = now
 
+    def since_lap(self) -> float | None:
+        return None if self._since is None else time.monotonic() - self._since
+
     def pause(self) -> None:
         self._since = None
 
@@ -233,6 +244,12 @@ class _Pace:
         mean = self._seconds / self._laps if self._laps else None
         self._laps, self._seconds = 0, 0.0
         return mean
+
+
+def _shares(counts: float | list[float]) -> list[float]:
+    assert isinstance(counts, list)
+    total = max(sum(counts), 1e-9)
+    return [count / total for count in counts]
 
 
 def _epoch(steps_done: int, progress: Progress) -> int:
