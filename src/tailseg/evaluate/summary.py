@@ -76,7 +76,7 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; NaN becomes None."""
         protocol = self.scores.protocol
-        return _without_nan(
+        return without_nan(
             {
                 "protocol": asdict(protocol) | {"text": protocol.describe()},
                 "caveat": self.caveat,
@@ -205,9 +205,10 @@ def _cell(metric: MetricSummary, digits: int) -> str:
     return f"{metric.mean:.{digits}f} ±{metric.std:.{digits}f}"
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Plain values for JSON: NaN becomes None, tuples become lists."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
