@@ -9,7 +9,7 @@ from rich.console import Console
 
 from tailseg.evaluate.protocols import protocol_named
 from tailseg.evaluate.scores import ScoreError, Scores
-from tailseg.evaluate.verdict import Verdict, make_verdict, verdict_table
+from tailseg.evaluate.verdict import Scored, Verdict, make_verdict, verdict_table
 
 NATIVE = protocol_named("native")
 CLASSES = ("liver", "spleen", "adrenal")
@@ -26,10 +26,8 @@ def scores(dice: np.ndarray, *, hd95: np.ndarray | None = None) -> Scores:
     return Scores(NATIVE, cases, CLASSES[: dice.shape[1]], values, voxels, voxels)
 
 
-def verdict(first: np.ndarray, second: np.ndarray, scored="test", **options) -> Verdict:
-    return make_verdict(
-        scores(first), scores(second), scored=scored, method="dhc", reference="labelled-only", **options
-    )
+def verdict(first: np.ndarray, second: np.ndarray, scored: Scored = "test") -> Verdict:
+    return make_verdict(scores(first), scores(second), scored=scored, method="dhc", reference="labelled-only")
 
 
 def test_each_class_is_told_apart_helped_hurt_and_neither():
