@@ -140,6 +140,50 @@ def test_files_without_ending_are_found_by_their_mark(tmp_path: Path):
     assert not is_series(tmp_path) and not is_series(folder / "IM0")
 
 
+def test_slices_with_and_without_ending_are_one_scan(tmp_path: Path):
+    """Reading those called .dcm alone would leave every other slice out, without a gap that told of it."""
+    folder = write_series(tmp_path / "ct")
+    for k in (1, 3, 5):
+        file = folder / f"{k * 5 % 6}.dcm"
+        file.rename(file.with_suffix(""))
+    (folder / "LOCKFILE").write_bytes(b"no slice")
+    (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    assert is_series(folder) and (read_series(folder)[0] == VOXELS).all()
+
+
+@pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000"])
+def test_slices_of_lossless_jpeg_are_read(tmp_path: Path, compressor: str):
+    for k, plane in enumerate(VOXELS):
+        file = tmp_path / f"{k}.dcm"
+        write_slice(file, np.kron(plane, np.ones((8, 8), np.int16)), np.array([0, 0, 2.5 * k]), **{"0028_1052": "0"})
+        image, size = sitk.ReadImage(str(file)), file.stat().st_size
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetImageIO("GDCMImageIO")
+        writer.SetUseCompression(True)
+        writer.SetCompressor(compressor)
+        writer.SetFileName(str(file))
+        writer.Execute(image)
+        assert file.stat().st_size < size
+    np.testing.assert_array_equal(read_series(tmp_path)[0][:, ::8, ::8], VOXELS)
+
+
+@pytest.mark.parametrize("syntax", ["RLELossless", "JPEGLSLossless", "DeflatedExplicitVRLittleEndian"])
+def test_what_a_pacs_sends_compressed_is_read(tmp_path: Path, syntax: str):
+    pydicom: Any = pytest.importorskip("pydicom")
+    folder = write_series(tmp_path / "ct")
+    for file in folder.iterdir():
+        slice_ = pydicom.dcmread(file)
+        slice_.PixelData = np.ascontiguousarray(np.kron(slice_.pixel_array, np.ones((4, 4), np.int16))).tobytes()
+        slice_.Rows, slice_.Columns = 4 * slice_.Rows, 4 * slice_.Columns
+        if syntax == "DeflatedExplicitVRLittleEndian":
+            slice_.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+        else:
+            slice_.compress(getattr(pydicom.uid, syntax))
+        slice_.save_as(file)
+    np.testing.assert_array_equal(read_series(folder)[0][:, ::4, ::4], VOXELS)
+
+
 def test_image_reads_a_folder_as_a_scan_of_one_channel(tmp_path: Path):
     folder = write_series(tmp_path / "ct")
     image = read_channels(folder)
@@ -167,6 +211,19 @@ def test_what_cannot_be_a_volume_is_refused(tmp_path: Path, series: dict[str, An
     for read in (read_channels, read_geometry):
         with pytest.raises(ImageError, match=match):
             read(folder)
+
+
+def test_a_geometry_that_is_none_is_named(tmp_path: Path):
+    file = tmp_path / "a.dcm"
+    write_slice(file, VOXELS[0], np.zeros(3), **{"0018_0050": "0"})
+    with pytest.raises(ImageError, match="Slice Thickness is '0'; it must be a positive number"):
+        read_series(tmp_path)
+    edit(file, b".8\\.7", b".8\\.0")
+    with pytest.raises(ImageError, match=r"Pixel Spacing is '.*'; it must be positive"):
+        read_series(tmp_path)
+    edit(file, b"1\\0\\0\\0\\1\\0", b"0\\0\\0\\0\\0\\0")
+    with pytest.raises(ImageError, match=r"Image Orientation \(Patient\) is '.*'; it must be two vectors of length 1"):
+        read_series(tmp_path)
 
 
 def test_a_tilt_of_rounding_is_none(tmp_path: Path):

@@ -38,7 +38,7 @@ class _Slice:
     position: np.ndarray
     axes: np.ndarray
     spacing: np.ndarray
-    thickness: float
+    thickness: str  # as the file has it, for few slices are asked
 
 
 def is_series(folder: Path) -> bool:
@@ -46,7 +46,7 @@ def is_series(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     files = _files(folder)
-    return bool(files) and (files[0].suffix.lower() in _ENDINGS or _has_mark(files[0]))
+    return any(file.suffix.lower() in _ENDINGS for file in files) or bool(files and _has_mark(files[0]))
 
 
 def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -62,17 +62,24 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def series_geometry(folder: Path) -> tuple[tuple[int, int, int], np.ndarray]:
     """(D, H, W) and affine from the headers alone. Raises ImageError as read_series does."""
+    _, shape, affine = series_slices(folder)
+    return shape, affine
+
+
+def series_slices(folder: Path) -> tuple[list[Path], tuple[int, int, int], np.ndarray]:
+    """The files in the order of D, (D, H, W) and affine, from the headers alone. Raises ImageError as read_series does."""
     slices, affine = _ordered(folder)
     i, j = slices[0].size
-    return (len(slices), j, i), affine
+    return [each.file for each in slices], (len(slices), j, i), affine
 
 
 def _files(folder: Path) -> list[Path]:
-    """Those called .dcm, or, where there is none, those without an ending."""
+    """Those called .dcm and those without ending that bear DICOM's mark; where none is called .dcm, all without ending."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     named = [file for file in files if file.suffix.lower() in _ENDINGS]
     # PACS exports count without ending, or write a UID, of which the last number looks like one
-    return named or [file for file in files if not file.suffix.strip(".").isalpha() and file.name != "DICOMDIR"]
+    bare = [file for file in files if not file.suffix.strip(".").isalpha() and file.name != "DICOMDIR"]
+    return sorted(named + [file for file in bare if _has_mark(file)]) if named else bare
 
 
 def _has_mark(file: Path) -> bool:
@@ -106,12 +113,14 @@ def _read_header(file: Path) -> _Slice:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise ImageError(
-            f"{file} cannot be read as DICOM. Is it whole? Copy it again, or move it elsewhere."
+            f"{file} cannot be read as DICOM. Is it whole? Copy it again; a report or a plan, which is no slice, belongs "
+            "elsewhere."
         ) from error
     tags = {tag: reader.GetMetaData(tag).strip(" \0") for tag in reader.GetMetaDataKeys()}
     if int(tags.get(FRAMES) or 1) > 1:
         raise ImageError(
-            f"{file} holds {tags[FRAMES]} frames; convert it to NIfTI (dcm2niix does), or to one file a slice."
+            f"{file} holds {tags[FRAMES]} frames; convert it to NIfTI (dcm2niix does), or to one file a slice. A "
+            "segmentation of the scan belongs elsewhere."
         )
     if int(tags.get(SAMPLES) or 1) > 1:
         raise ImageError(f"{file} is in colour; a scan has one number per voxel.")
@@ -119,11 +128,18 @@ def _read_header(file: Path) -> _Slice:
         if not tags.get(tag):
             raise ImageError(f"{file} says nothing of its {name}; it is no slice of a scan: move it elsewhere.")
     axes = _numbers(file, tags, ORIENTATION, 6).reshape(2, 3)
+    lengths = np.linalg.norm(axes, axis=1, keepdims=True)
+    spacing = _numbers(file, tags, SPACING, 2)[::-1]
+    for tag, right, rule in (
+        (ORIENTATION, np.allclose(lengths, 1, atol=0.01), "two vectors of length 1"),
+        (SPACING, (spacing > 0).all(), "positive"),
+    ):
+        if not right:
+            raise ImageError(f"{file}: its {_NAMES[tag]} is '{tags[tag]}'; it must be {rule}.")
     i, j = reader.GetSize()[:2]
     return _Slice(
-        file, tags[SERIES], tags.get(DESCRIPTION, ""), (i, j), _numbers(file, tags, POSITION, 3),
-        axes / np.linalg.norm(axes, axis=1, keepdims=True), _numbers(file, tags, SPACING, 2)[::-1],
-        float(tags.get(THICKNESS) or 1),
+        file, tags[SERIES], tags.get(DESCRIPTION, ""), (i, j), _numbers(file, tags, POSITION, 3), axes / lengths, spacing,
+        tags.get(THICKNESS, ""),
     )  # fmt: skip
 
 
@@ -162,10 +178,13 @@ def _check_alike(folder: Path, slices: Sequence[_Slice]) -> None:
 def _gap(folder: Path, slices: Sequence[_Slice], heights: np.ndarray) -> float:
     """mm from slice to slice, which must be the same everywhere."""
     if len(slices) == 1:
-        return slices[0].thickness
+        return _thickness(slices[0])
     steps = np.diff(heights)
     for index in np.flatnonzero(steps < 1e-3).tolist():
-        raise ImageError(f"{slices[index].file} and {slices[index + 1].file} are two slices of one place; keep one.")
+        raise ImageError(
+            f"{slices[index].file} and {slices[index + 1].file} are two slices of one place; keep one, or give each time or "
+            "echo a folder of its own."
+        )
     usual = float(np.median(steps))
     uneven = np.abs(steps - usual) > 0.05 * usual
     if not uneven.any():
@@ -182,6 +201,17 @@ def _gap(folder: Path, slices: Sequence[_Slice], heights: np.ndarray) -> float:
         f"{folder} has slices at uneven distances: {steps[index]:g} mm {between}, elsewhere {usual:g}; complete the scan, "
         "or resample it to one distance."
     )
+
+
+def _thickness(single: _Slice) -> float:
+    """mm; nominally 1 where the slice does not say."""
+    try:
+        thickness = float(single.thickness or 1)
+    except ValueError:
+        thickness = 0.0
+    if not 0 < thickness < np.inf:
+        raise ImageError(f"{single.file}: its Slice Thickness is '{single.thickness}'; it must be a positive number.")
+    return thickness
 
 
 def _check_straight(folder: Path, slices: Sequence[_Slice], normal: np.ndarray) -> None:
