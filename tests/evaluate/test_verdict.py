@@ -83,6 +83,19 @@ def test_a_smaller_distance_is_a_help():
         make_verdict(first, second, scored="test", method="dhc", reference="labelled-only", metric="pred_ml")
 
 
+def test_a_protocol_in_percent_is_not_multiplied_again():
+    published = protocol_named("dhc-p23")
+    voxels = np.full((2, 3), 100)
+    values = np.full((2, 3, len(published.metrics)), 50.0)
+
+    def of(dice: np.ndarray) -> Scores:
+        return Scores(published, ("a", "b"), CLASSES, dice, voxels, voxels)
+
+    told = make_verdict(of(values + 10), of(values), scored="test", method="dhc", reference="labelled-only")
+    assert "rises from 50.0 % to 60.0 %" in told.sentence
+    assert told.classes[0].why.startswith("+10.0 over 2 cases")
+
+
 def test_a_verdict_survives_json():
     rng = np.random.default_rng(1)
     first = np.column_stack([rng.random((8, 2)), np.full(8, math.nan)])

@@ -47,7 +47,7 @@ class ClassVerdict:
 @dataclass(frozen=True)
 class Verdict:
     """method and reference: names of methods. scored: which cases of the split. cases: how many. overall: the mean over the
-    classes, a test of its own."""
+    classes, a test of its own. unit: of the metric by its protocol; a fraction has none, and is shown in %."""
 
     metric: str
     protocol: str
@@ -58,6 +58,7 @@ class Verdict:
     classes: tuple[ClassVerdict, ...]
     overall: ClassVerdict
     notes: tuple[str, ...] = ()
+    unit: str = ""
 
     def named(self, answer: Answer) -> tuple[str, ...]:
         """The classes with this answer."""
@@ -83,7 +84,7 @@ class Verdict:
             "is the same"
             if not test.difference
             else f"{'rises' if test.difference > 0 else 'falls'} from "
-            f"{_number(test.second, self.metric)} to {_number(test.first, self.metric)}"
+            f"{_number(test.second, self.unit)} to {_number(test.first, self.unit)}"
         )
         return f"{first} Mean {title} over the classes {on_average} ({self.overall.answer}: {self.overall.why})."
 
@@ -118,9 +119,9 @@ def make_verdict(
     if better is None:
         raise ScoreError(f"No value of '{metric}' is better than another; compare Dice or a distance.")
     *compared, overall = compare_scores(with_unlabelled, labelled_only, metric)
-    summary = summarise(labelled_only)
+    summary, unit = summarise(labelled_only), with_unlabelled.protocol.unit(metric)
     classes = tuple(
-        _judged(one, told.rare, told.share, metric, len(compared))
+        _judged(one, told.rare, told.share, metric, unit, len(compared))
         for one, told in zip(compared, summary.classes, strict=True)
     )
     notes = [_ON_VALIDATION] if scored == "val" else []
@@ -132,25 +133,26 @@ def make_verdict(
         method,
         reference,
         classes,
-        _judged(overall, False, 1.0, metric, 1),
+        _judged(overall, False, 1.0, metric, unit, 1),
         tuple(notes),
+        unit,
     )
 
 
-def _judged(one: ComparedClass, rare: bool, share: float, metric: str, tests: int) -> ClassVerdict:
-    answer, why = _answer(one.test, one.adjusted_p, metric, tests)
+def _judged(one: ComparedClass, rare: bool, share: float, metric: str, unit: str, tests: int) -> ClassVerdict:
+    answer, why = _answer(one.test, one.adjusted_p, metric, unit, tests)
     return ClassVerdict(one.name, rare, share, one.test, one.adjusted_p, answer, why)
 
 
-def _answer(test: PairedTest, adjusted_p: float, metric: str, tests: int) -> tuple[Answer, str]:
+def _answer(test: PairedTest, adjusted_p: float, metric: str, unit: str, tests: int) -> tuple[Answer, str]:
     if not test.cases:
         return "can't tell", "no case was scored on both sides"
     if not test.differing:
         return "can't tell", f"no difference in any of {_cases(test.cases)}"
-    change = f"{_number(test.difference, metric, sign=True)} over {_cases(test.cases)}"
+    change = f"{_number(test.difference, unit, sign=True)} over {_cases(test.cases)}"
     if test.cases == 1:
         return "can't tell", f"{change}, which says nothing of others"
-    interval = f"95 % interval {_number(test.low, metric, sign=True)} to {_number(test.high, metric, sign=True)}"
+    interval = f"95 % interval {_number(test.low, unit, sign=True)} to {_number(test.high, unit, sign=True)}"
     if adjusted_p >= LEVEL and tests * test.smallest_p >= LEVEL:
         needed = math.floor(1 + math.log2(tests / LEVEL)) + 1
         among = f" tested beside {tests - 1} other classes" if tests > 1 else ""
@@ -163,10 +165,10 @@ def _answer(test: PairedTest, adjusted_p: float, metric: str, tests: int) -> tup
     return "helped" if rises == (METRICS[metric].better == "higher") else "hurt", told
 
 
-def _number(value: float, metric: str, *, sign: bool = False) -> str:
-    """Overlaps in %, as their tables have them; distances as they are."""
-    percent = METRICS[metric].kind == "overlap"
-    return f"{100 * value if percent else value:{'+' * sign}.1f}{' %' * (percent and not sign)}"
+def _number(value: float, unit: str, *, sign: bool = False) -> str:
+    """Fractions in %, as their tables have them; a difference bears its sign and no unit."""
+    shown = value if unit else 100 * value
+    return f"{shown:+.1f}" if sign else f"{shown:.1f} {unit or '%'}"
 
 
 def _cases(count: int) -> str:
@@ -204,18 +206,18 @@ def verdict_table(verdict: Verdict) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("unlabelled\nscans", no_wrap=True)
     for one in sorted(verdict.classes, key=lambda one: one.share):
-        table.add_row(f"{escape(one.name)}{' *' * one.rare}", f"{one.share:.2%}", *_cells(one, verdict.metric))
+        table.add_row(f"{escape(one.name)}{' *' * one.rare}", f"{one.share:.2%}", *_cells(one, verdict.unit))
     table.add_section()
-    table.add_row(verdict.overall.name, "", *_cells(verdict.overall, verdict.metric))
+    table.add_row(verdict.overall.name, "", *_cells(verdict.overall, verdict.unit))
     return table
 
 
-def _cells(one: ClassVerdict, metric: str) -> list[str]:
+def _cells(one: ClassVerdict, unit: str) -> list[str]:
     test = one.test
     if not test.cases:
         return ["-", "-", "-", "-", one.answer]
-    shown = [_number(value, metric) for value in (test.second, test.first)]
-    interval = f"{_number(test.low, metric, sign=True)} to {_number(test.high, metric, sign=True)}"
-    difference = f"{_number(test.difference, metric, sign=True)}\n{interval}"
+    shown = [_number(value, unit) for value in (test.second, test.first)]
+    interval = f"{_number(test.low, unit, sign=True)} to {_number(test.high, unit, sign=True)}"
+    difference = f"{_number(test.difference, unit, sign=True)}\n{interval}"
     colour = {"helped": "green", "hurt": "red", "can't tell": "dim"}[one.answer]
     return [*shown, difference, f"{one.adjusted_p:.2g}", f"[{colour}]{one.answer}[/{colour}]"]
