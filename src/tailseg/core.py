@@ -212,6 +212,12 @@ class Method(nn.Module, ABC):
     def predict(self, x: Tensor) -> Tensor:
         """Class probabilities (B, K, *S) of images (B, C, *S), in evaluation mode and without gradients."""
 
+    def predict_each(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """predict(x), and beside it the class probabilities (B, K, *S) of every network that it is the average of: how far
+        they disagree tells where not to trust it. Default: there is one."""
+        probs = self.predict(x)
+        return probs, (probs,)
+
     def after_step(self, progress: Progress) -> None:
         """Called after every optimiser step; teachers follow here, never in step()."""
 

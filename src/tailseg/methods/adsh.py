@@ -43,6 +43,7 @@ from tailseg.parts.counts import count_classes
 from tailseg.parts.losses import cross_entropy, dice_ce, log_softmax, masked_cross_entropy
 from tailseg.parts.ramps import ramp_up
 from tailseg.parts.ranks import num_ranks, sum_over_ranks
+from tailseg.parts.two_networks import mean_and_each
 
 # deviation: the code keeps whole softmax maps. The grid is even in the square root: finer where a class is improbable
 STEPS = 2**15
@@ -199,3 +200,6 @@ class Adsh(Method):
 
     def predict(self, x: Tensor) -> Tensor:
         return torch.softmax((self.net_a(x).logits.float() + self.net_b(x).logits.float()) / 2, 1)
+
+    def predict_each(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return mean_and_each(self.net_a(x).logits, self.net_b(x).logits)

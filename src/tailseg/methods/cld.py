@@ -38,6 +38,7 @@ from tailseg.parts.counts import count_classes, sum_per_class
 from tailseg.parts.losses import dice_ce, log_softmax, masked_cross_entropy
 from tailseg.parts.ramps import ramp_up
 from tailseg.parts.ranks import sum_over_ranks
+from tailseg.parts.two_networks import mean_and_each
 
 
 @final
@@ -129,3 +130,6 @@ class CLD(Method):
 
     def predict(self, x: Tensor) -> Tensor:
         return torch.softmax((self.net_a(x).logits.float() + self.net_b(x).logits.float()) / 2, 1)
+
+    def predict_each(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return mean_and_each(self.net_a(x).logits, self.net_b(x).logits)

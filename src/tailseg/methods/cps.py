@@ -33,6 +33,7 @@ from tailseg.parts.counts import count_classes
 from tailseg.parts.gradient_aware import ga_ce, ga_loss
 from tailseg.parts.losses import cross_entropy, dice_ce, half_ce_dice, log_softmax
 from tailseg.parts.ramps import ramp_up
+from tailseg.parts.two_networks import mean_and_each
 
 
 @final
@@ -79,3 +80,6 @@ class CPS(Method):
 
     def predict(self, x: Tensor) -> Tensor:
         return torch.softmax((self.net_a(x).logits.float() + self.net_b(x).logits.float()) / 2, 1)
+
+    def predict_each(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return mean_and_each(self.net_a(x).logits, self.net_b(x).logits)

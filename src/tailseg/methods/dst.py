@@ -39,6 +39,7 @@ from tailseg.parts.counts import count_classes
 from tailseg.parts.losses import cross_entropy, dice_ce, log_softmax, masked_cross_entropy
 from tailseg.parts.ramps import ramp_up
 from tailseg.parts.ranks import sum_over_ranks
+from tailseg.parts.two_networks import mean_and_each
 
 
 class Heads(NamedTuple):
@@ -130,6 +131,9 @@ class DST(Method):
 
     def predict(self, x: Tensor) -> Tensor:
         return torch.softmax((self.net_a(x).logits.float() + self.net_b(x).logits.float()) / 2, 1)
+
+    def predict_each(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return mean_and_each(self.net_a(x).logits, self.net_b(x).logits)
 
 
 def reversal_strength(step: int, maximum: float, steps: int) -> float:

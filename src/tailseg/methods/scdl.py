@@ -171,6 +171,9 @@ class SCDL(Method):
     def predict(self, x: Tensor) -> Tensor:
         return self.host.predict(x)
 
+    def predict_each(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.host.predict_each(x)
+
 
 def _make_host(spec: str | dict[str, Any], task: Task, build: BuildNetwork) -> Method:
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
