@@ -52,7 +52,8 @@ def test_prepare_train_predict_evaluate(recipe: Path, tmp_path: Path, capsys: py
     shown = capsys.readouterr().out
     assert "4 references have no prediction and are not scored" in " ".join(shown.split())
     assert {path.name for path in predictions.iterdir()} == {
-        *("t.nii.gz", "labels.json", "native.csv", "native.json", "dhc-p23.csv", "dhc-p23.json")
+        *("t.nii.gz", "labels.json", "volumes.csv", "prediction.json"),
+        *("native.csv", "native.json", "dhc-p23.csv", "dhc-p23.json"),
     }
 
 
@@ -81,6 +82,29 @@ def test_several_channels_go_all_the_way(tmp_path: Path):
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 7
 
 
+def test_predict_with_every_option(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for seed in (1, 2):
+        assert run("train", recipe, f"seed={seed}", "--out", tmp_path / f"run{seed}", "--workers", 1) == 0
+    out = tmp_path / "out"
+    call = ("predict", tmp_path / "run1", "test", out, "--with", tmp_path / "run2", "--mirror", "lr, ap", "--clean-up")
+    assert run(*call, "--uncertainty") == 0
+    told = capsys.readouterr().out
+    assert "never saw scans mirrored along w, h" in told and "clean-up: " in told and "volumes.csv" in told
+    assert {path.name for path in (out / "uncertainty").iterdir()} == {"t_entropy.nii.gz", "t_disagreement.nii.gz"}
+    identity = json.loads((out / "prediction.json").read_text())["identity"]
+    assert identity["options"]["mirror"] == ["ap", "lr"] and len(set(identity["runs"])) == 2
+    before = (out / "t.nii.gz").stat().st_mtime_ns
+    assert run(*call, "--uncertainty") == 0 and (out / "t.nii.gz").stat().st_mtime_ns == before
+    assert run(*call) == 2
+    assert "made with another options" in capsys.readouterr().err
+    assert run(*call, "--force") == 0 and not list((out / "uncertainty").iterdir())
+    assert run("predict", tmp_path / "run1", "test", tmp_path / "seg", "--format", "dicom-seg") == 2
+    assert "t_0000.nii.gz is no DICOM series folder" in capsys.readouterr().err
+    assert run("predict", tmp_path / "run1", "test", out, "--format", "png") == 2
+    assert run("predict", tmp_path / "run1", "test", tmp_path / "x", "--mirror", "rl") == 2
+    assert "Did you mean 'lr'?" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -96,6 +120,7 @@ def test_several_channels_go_all_the_way(tmp_path: Path):
         (["evaluate", "{tiny}/labelsTr", "{tiny}", "--protocol", "nativ"], "Did you mean 'native'?"),
         (["list", "method"], "Did you mean 'methods'?"),
         (["show", "dch"], "Did you mean 'dhc'?"),
+        (["report", "{tiny}"], "holds no run"),
         (["trian"], "No such command 'trian'"),
     ],
 )
@@ -301,3 +326,23 @@ def test_a_plan_for_a_named_split_looks_at_its_labelled_cases_alone(
     assert "Did you mean 'tiny'?" in capsys.readouterr().err
     assert run("plan", root, "--out", root / "recipe.yaml") == 2
     assert "never written to" in capsys.readouterr().err
+
+
+def test_a_report_holds_a_run_against_its_labelled_only_reference(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    runs = tmp_path / "cps", tmp_path / "supervised"
+    for folder, changed in zip(runs, ([], ["method=supervised", "data.batch=[4,0]"]), strict=True):
+        assert run("train", recipe, *changed, "--out", folder, "--workers", 1) == 0
+        for cases in ("test", "unlabelled"):
+            assert run("predict", folder, cases, folder / "predictions" / cases) == 0
+        assert run("evaluate", folder / "predictions" / "test", tmp_path / "tiny", "--workers", 1) == 0
+    capsys.readouterr()
+    assert run("report", *runs, "--cases", 2) == 0
+    assert f"{runs[0] / 'report.html'} (" in capsys.readouterr().out.replace("\n", "")
+    page = (runs[0] / "report.html").read_text(encoding="utf-8")
+    assert "Nobody can tell from 1 test case" in page and "cps against" not in page
+    assert "Unlabelled scans, predicted by cps" in page and "Volumes on the unlabelled scans" in page
+    assert "two networks" in page and "million" in page and "torch" in page  # card, checkpoint, versions
+    assert run("report", runs[0], "--out", tmp_path / "alone.html", "--protocol", "dhc-p23") == 0
+    assert "--protocol dhc-p23" in (tmp_path / "alone.html").read_text(encoding="utf-8")

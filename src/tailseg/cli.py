@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from tailseg.running import Finished
 
 cli = typer.Typer(
     name="tailseg",
@@ -103,6 +107,53 @@ def plan(
 
 
 @cli.command()
+def run(
+    folder: Annotated[Path, typer.Argument(help="a data set, as `tailseg check` takes it")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="folder for everything; default runs/<folder name>")] = None,
+    hours: Annotated[float, typer.Option(min=0.0, help="for everything, on this machine")] = 8.0,
+    recipe: Annotated[Path | None, typer.Option(help="train this recipe in place of a planned one")] = None,
+    method: Annotated[str | None, typer.Option(help="instead of the one that the data suggest")] = None,
+    test: Annotated[list[str] | None, typer.Option(help="labelled case to keep out and score on, repeatable")] = None,
+    split: Annotated[str | None, typer.Option(help="a split of the folder's splits.json; default: made here")] = None,
+    folds: Annotated[str, typer.Option(help="planned folds to train, a number or all; each labelled case of theirs is "
+                                            "scored once, and their networks are averaged")] = "1",
+    reference: Annotated[bool, typer.Option("--reference/--no-reference", help="also train without the unlabelled scans, "
+                                            "to tell whether they helped")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
+    store: Annotated[Path, typer.Option(help="folder for the prepared scans")] = Path("stores"),
+    workers: Workers = 2,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """From a folder to predictions of every unlabelled scan, a verdict on whether they helped, and a report.
+
+    Checks, plans, prepares, trains with and without the unlabelled scans, predicts, evaluates and reports. Stop it with Ctrl-C
+    whenever you like: the same command goes on where it was.
+    """
+    from tailseg.running import RunSettings
+    from tailseg.running import run as run_all
+
+    if folds != "all" and not (folds.isdigit() and int(folds)):
+        raise typer.BadParameter(f"--folds {folds} is no number of folds; give 1, 2, ... or all")
+    settings = RunSettings(
+        data=str(folder),
+        recipe=str(recipe) if recipe else None,
+        overrides=tuple(overrides or ()),
+        hours=hours,
+        device=device,
+        method=method,
+        split=split,
+        test=tuple(test or ()),
+        folds="all" if folds == "all" else int(folds),
+        reference=reference,
+        store=str(store),
+    )
+    folder_out = out or Path("runs") / folder.resolve().name
+
+    _tell(run_all(settings, folder_out, workers=workers, say=_say_when, progress=_progress))
+
+
+@cli.command()
 def prepare(recipe: RecipeArgument, overrides: Overrides = None, workers: Workers = 2, debug: Debug = False) -> None:
     """Read, check, resample and normalise the scans of a recipe once; training does it too where it is missing."""
     from tailseg import app
@@ -144,27 +195,118 @@ def train(
 
 @cli.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="folder of a trained run")],
+    run: Annotated[Path, typer.Argument(help="folder of a trained run, or of `tailseg run`, whose folds are averaged")],
     source: Annotated[
         str,
-        typer.Argument(metavar="INPUT", help="a scan, a folder of scans, or the run's own set: test, val, unlabelled"),
+        typer.Argument(
+            metavar="INPUT",
+            help="a scan or picture, a folder of them (such as imagesTs), a folder of DICOM slices or of such folders; or the "
+            "runs' own set: test, val, unlabelled",
+        ),
     ],
-    output: Annotated[Path, typer.Argument(help="folder for the label files")],
+    output: Annotated[Path, typer.Argument(help="folder for the label files, labels.json and volumes.csv")],
+    with_: Annotated[
+        list[Path] | None, typer.Option("--with", metavar="RUN", help="average with this run too, repeatable")
+    ] = None,
     checkpoint: Annotated[str, typer.Option(help="best (on validation) or last")] = "best",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
+    mirror: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXES",
+            help="average over mirrored views too: all, or some of lr,ap,si (left-right, ...), of pictures h,w; twice the time "
+            "for each axis, and of use along those that training mirrored",
+        ),
+    ] = None,
+    uncertainty: Annotated[
+        bool,
+        typer.Option(
+            "--uncertainty",
+            help="also write maps of entropy and, where several networks, runs or views are asked, of their disagreement",
+        ),
+    ] = False,
+    clean_up: Annotated[
+        bool,
+        typer.Option(
+            "--clean-up",
+            help="keep the largest piece of a class, or fill its holes, where that helped on the runs' validation cases",
+        ),
+    ] = False,
     probabilities: Annotated[bool, typer.Option(help="also write the class probabilities, <case>_probs.npz")] = False,
+    format_: Annotated[
+        str, typer.Option("--format", help="nifti (of pictures PNG), or dicom-seg for DICOM series")
+    ] = "nifti",
+    force: Annotated[
+        bool, typer.Option("--force", help="replace predictions that other runs or options made in OUTPUT")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Segment scans on their own grid and orientation."""
+    """Segment scans on their own grid and orientation.
+
+    Called again it goes on where it was: finished cases are kept. Predictions of other runs or options are never mixed in.
+    """
+    import json
+
+    from rich.markup import escape
+
     from tailseg import app
 
     if checkpoint not in ("best", "last"):
         raise typer.BadParameter(f"'{checkpoint}' is no checkpoint; use best or last")
+    if format_ != "nifti" and format_ != "dicom-seg":
+        raise typer.BadParameter(f"'{format_}' is no format; use nifti or dicom-seg")
     with _progress("predicting") as report:
         written = app.predict(
-            run, source, output, checkpoint=checkpoint, device=device, save_probs=probabilities, report=report
+            [run, *(with_ or ())],
+            source,
+            output,
+            checkpoint=checkpoint,
+            device=device,
+            save_probs=probabilities,
+            mirror=[axis.strip() for axis in mirror.split(",")] if mirror else (),
+            uncertainty=uncertainty,
+            clean_up=clean_up,
+            file_format=format_,
+            resume=True,
+            force=force,
+            report=report,
         )
-    console.print(f"{len(written)} label files in {output}, the names of their labels in {output / 'labels.json'}")
+    told = json.loads((output / "labels.json").read_text(encoding="utf-8"))
+    for note in told.get("notes", ()):
+        console.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
+    if clean_up:
+        cleaned = "; ".join(f"{name}: {' and '.join(each)}" for name, each in told.get("clean_up", {}).items())
+        console.print(f"clean-up: {escape(cleaned or 'none, nothing helped on the validation cases')}", highlight=False)
+    console.print(
+        f"{len(written)} label files in {output}, the names of their labels in {output / 'labels.json'}, "
+        f"volumes in {output / 'volumes.csv'}"
+    )
+
+
+@cli.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="folder of a trained run, or of `tailseg run`: then the average of its folds")],
+    format_: Annotated[str, typer.Option("--format", help="onnx, torch, safetensors or monai-bundle")],
+    out: Annotated[Path | None, typer.Option(help="folder to write; default RUN/export/<format>")] = None,
+    fold: Annotated[str | None, typer.Option(help="export this fold alone, e.g. fold0")] = None,
+    checkpoint: Annotated[str, typer.Option(help="best (on validation) or last")] = "best",
+    force: Annotated[bool, typer.Option("--force", help="replace an export that is there")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write the trained network for others to use: checked against TailSeg's own prediction, with a model card."""
+    from rich.markup import escape
+
+    from tailseg import app
+
+    if checkpoint not in ("best", "last"):
+        raise typer.BadParameter(f"'{checkpoint}' is no checkpoint; use best or last")
+    with console.status("exporting") as status:
+        done = app.export(
+            run, format_, out, fold=fold, checkpoint=checkpoint, force=force, say=lambda text: status.update(text)
+        )
+    said = [f"{done.folder}: {', '.join(done.files)}", *done.checked.sentences(), *done.notes, f"use: {done.usage}"]
+    for line in said:
+        console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 @cli.command()
@@ -191,6 +333,25 @@ def evaluate(
     if left_out := app.unpredicted(predictions, reference):
         console.print(f"{len(left_out)} references have no prediction and are not scored")
     console.print(f"per case and class: {out or predictions}/<protocol>.csv; summaries: <protocol>.json")
+
+
+@cli.command(name="report")
+def report_(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs, or of `tailseg run`")],
+    out: Annotated[Path | None, typer.Option(help="HTML file to write; default <first folder>/report.html")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="whose scores to show; default: native where there are any")
+    ] = None,
+    cases: Annotated[int, typer.Option(min=0, help="scans to show, as slices and in 3D")] = 30,
+    debug: Debug = False,
+) -> None:
+    """One offline HTML page about runs: did the unlabelled scans help, every class, curves, slices, and the scans in 3D."""
+    from tailseg import app
+
+    with _progress("drawing") as progress:
+        path = app.report(runs, out, protocol=protocol, cases=cases, progress=progress)
+    told = f"{path} ({path.stat().st_size / 1e6:.1f} MB); it shows scans: pass it on only where they may go"
+    console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 @cli.command(name="list")
@@ -358,17 +519,45 @@ def check(
 
 @cli.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="folder for data, run, predictions and scores")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="folder for data, run, predictions and report")] = Path("demo"),
+    data_only: Annotated[
+        bool, typer.Option("--data-only", help="only make the scans, and a recipe for them, to play with")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """The main job on synthetic abdomens: make, prepare, train DHC, predict, evaluate. About five minutes on two cores."""
-    from tailseg.demo import run_demo
+    """The main job on synthetic abdomens: make them, then `tailseg run` with DHC and the labelled-only reference."""
+    from tailseg.demo import make_demo_data, run_demo
 
-    run_demo(out, console)
+    if data_only:
+        data, recipe = make_demo_data(out)
+        console.print(f"data set {data}, recipe {recipe}", highlight=False, soft_wrap=True)
+        return
+    _tell(run_demo(out, _say_when, _progress))
+
+
+def _say_when(text: str) -> None:
+    from rich.markup import escape
+
+    console.print(f"[dim]{time.strftime('%H:%M')}[/dim] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _tell(done: Finished) -> None:
+    """What came out of a run, the answer last."""
+    from rich.markup import escape
+
+    from tailseg.evaluate.verdict import verdict_table
+
+    if done.verdict:
+        console.print(verdict_table(done.verdict))
+        console.print(f"[bold]{escape(done.verdict.sentence)}[/bold]", highlight=False, soft_wrap=True)
+    lines = [f"networks     {', '.join(str(member) for member in done.members)}"]
+    lines += [f"predictions  {done.predictions}"] if done.predictions else []
+    lines += [f"report       {done.report}  ({done.seconds / 60:.0f} min)"]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 class _progress:
-    """A rich progress bar over cases that appears with the first one; steps aside when it is full."""
+    """A rich progress bar over cases that appears with the first one; steps aside when it is full. In a terminal only."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -380,6 +569,8 @@ class _progress:
     def __call__(self, done: int, total: int, case: str) -> None:
         from rich.progress import Progress
 
+        if not console.is_terminal:  # a log file would get empty lines
+            return
         if self.bar is None:
             self.bar = Progress(console=console, transient=True)
             self.bar.start()

@@ -1,16 +1,15 @@
-"""The main job on synthetic abdomens, from nothing to scored predictions: `tailseg demo`."""
+"""The main job on synthetic abdomens, from nothing to a report: `tailseg demo`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import yaml
 
-from tailseg import app
 from tailseg.data.phantom import make_phantom
-from tailseg.evaluate.summary import summary_table
-from tailseg.recipe import load_recipe
+from tailseg.files import write_text
+from tailseg.running import Finished, Progress, RunSettings, Say, run
 
 
 def demo_recipe(data: Path, stores: Path) -> dict[str, Any]:
@@ -34,23 +33,19 @@ def demo_recipe(data: Path, stores: Path) -> dict[str, Any]:
     }
 
 
-def run_demo(out: Path, console: Console) -> None:
-    """Make the phantom, train, predict the test scans and score them; everything lies in out afterwards."""
-    data, run, predictions = out / "phantom", out / "run", out / "predictions"
-    console.rule("1. Synthetic abdomens: CT with 13 organs, a few scans labelled")
-    dataset = make_phantom(data)
-    labelled = sum(case.label is not None for case in dataset.cases.values())
-    console.print(f"{len(dataset.cases)} scans in {data}, {labelled} of them with a label file")
-    console.rule("2. Prepare and train DHC on labelled and unlabelled scans")
-    recipe = load_recipe(demo_recipe(data, out / "stores"))
-    app.train(recipe, run, resume=(run / "last.pt").exists())  # a second call goes on, or finds it done
-    console.rule("3. Predict the test scans, which training could not read")
-    app.predict(run, "test", predictions)
-    console.rule("4. Score them on their own grid")
-    summaries = app.evaluate(predictions, data, ["native"])
-    console.print(summary_table(summaries["native"]))
-    console.print(
-        f"\ndata          {data}\nrun           {run}  (recipe.yaml, metrics.jsonl, tensorboard, best.pt)\n"
-        f"predictions   {predictions}\nscores        {predictions}/native.csv and native.json",
-        highlight=False,
-    )
+def make_demo_data(out: Path) -> tuple[Path, Path]:
+    """The phantom and a recipe for it, in out: (data set, recipe). What is there already stays."""
+    data, recipe = out / "phantom", out / "phantom.yaml"
+    make_phantom(data)
+    if not recipe.exists():
+        tree = demo_recipe(data.resolve(), (out / "stores").resolve())
+        write_text(recipe, yaml.safe_dump(tree, sort_keys=False))
+    return data, recipe
+
+
+def run_demo(out: Path, say: Say, progress: Progress) -> Finished:
+    """Make the phantom and run DHC on it, with the labelled-only reference; a second call goes on, or finds it done."""
+    say("making synthetic abdomens: CT with 13 organs, a few scans labelled")
+    data, recipe = make_demo_data(out)
+    settings = RunSettings(data=str(data), recipe=str(recipe.resolve()), store=str(out / "stores"))
+    return run(settings, out / "run", workers=2, say=say, progress=progress)

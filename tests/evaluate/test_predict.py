@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as Pillow
-from tiny import tiny_recipe
+from scipy import ndimage
+from tiny import make_tiny, tiny_recipe
 from torch import Tensor
 
 from tailseg import app
@@ -19,7 +21,11 @@ from tailseg.checks import example_task
 from tailseg.core import Batch, Method, Progress, StepOutput
 from tailseg.data.image import Image, ImageError
 from tailseg.data.preparation import Preparation
-from tailseg.evaluate.predict import Predictor, find_cases, label_ending
+from tailseg.data.raw import Case, load_images
+from tailseg.data.splits import Split
+from tailseg.evaluate.mirror import Mirror
+from tailseg.evaluate.predict import Ensemble, Output, Predictor, find_cases, label_ending, predict_cases
+from tailseg.options import OptionError
 from tailseg.recipe import load_recipe
 from tailseg.runtime import Runtime, RuntimeOptions
 
@@ -95,8 +101,14 @@ def test_a_recipe_of_two_sides_trains_on_pictures_and_predicts_pictures(tmp_path
     assert written.name == "t.png" and label.shape == (40, 36) and set(np.unique(label)) <= {0, 255}
     scores = app.evaluate(run / "predictions", raw, ["native"])["native"]
     assert scores.overall["dice"].mean > 0.7
-    (again,) = app.predict(run, raw / "imagesTr" / name.format("t"), run / "again", device="cpu")
-    assert again.name == "t.png" and again.read_bytes() == written.read_bytes()
+    (again,) = app.predict(
+        run, raw / "imagesTr" / name.format("t"), run / "again", device="cpu", mirror=("w",), uncertainty=True
+    )
+    assert again.name == "t.png" and (np.asarray(Pillow.open(again)) == label).mean() > 0.9
+    entropy = np.asarray(Pillow.open(run / "again" / "uncertainty" / "t_entropy.png"))
+    assert entropy.shape == label.shape and entropy.max() > 0
+    _, row = (run / "again" / "volumes.csv").read_text().splitlines()
+    assert row == f"t,lesion,{np.count_nonzero(np.asarray(Pillow.open(again)))},"  # how large a pixel is nobody knows
 
 
 def test_pictures_of_a_folder_with_all_colours_in_one_file_or_each_in_its_own(tmp_path: Path):
@@ -141,6 +153,7 @@ def test_two_scans_of_a_case_are_told(tmp_path: Path):
 
 def touch(folder: Path, *names: str) -> None:
     for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
         nibabel.Nifti1Image(np.zeros((2, 2, 2), np.int16), np.eye(4)).to_filename(folder / name)
 
 
@@ -160,6 +173,7 @@ def test_one_file_brings_its_other_channels(tmp_path: Path):
     [
         ((), "nowhere", 1, "does not exist; give a scan, a folder"),
         ((), ".", 1, "holds no scan"),
+        (("imagesTr/a.nii.gz",), ".", 1, r"is a data set; give one of its folders of scans, such as .*imagesTr"),
         (("plain.nii.gz",), ".", 2, "must be called <case>_0000"),
         (("a_0000.nii.gz",), ".", 2, r"a_0001\.nii\.gz is missing"),
     ],
@@ -168,3 +182,162 @@ def test_what_is_missing_is_named(tmp_path: Path, names: tuple[str, ...], source
     touch(tmp_path, *names)
     with pytest.raises(ImageError, match=message):
         find_cases(tmp_path / source, channels)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two runs on one split: one network, and two networks on a coarser grid."""
+    folder = tmp_path_factory.mktemp("runs")
+    root = make_tiny(folder / "tiny")
+    first = load_recipe(tiny_recipe(root, "supervised", epochs=2, lr=0.05))
+    app.train(first, folder / "first")
+    coarse = ["data.prepare.grid=[18,16,20]", "seed=1"]
+    app.train(load_recipe(tiny_recipe(root, "cps", epochs=1), coarse), folder / "second")
+    return folder / "first", folder / "second"
+
+
+def probs_of(path: Path, case: str = "t") -> np.ndarray:
+    with np.load(path / f"{case}_probs.npz") as file:
+        return file["probs"].astype(np.float32)
+
+
+def test_several_runs_give_the_mean_of_their_probabilities(runs: tuple[Path, Path], tmp_path: Path):
+    first, second = runs
+    for name, members in {"first": first, "second": [second], "both": [first, second]}.items():
+        app.predict(members, "test", tmp_path / name, save_probs=True, uncertainty=True)
+    both = probs_of(tmp_path / "both")
+    np.testing.assert_allclose(both, (probs_of(tmp_path / "first") + probs_of(tmp_path / "second")) / 2, atol=2e-3)
+    maps = {name: {path.name for path in (tmp_path / name / "uncertainty").iterdir()} for name in ("first", "both")}
+    assert maps["first"] == {"t_entropy.nii.gz"}
+    assert maps["both"] == {"t_entropy.nii.gz", "t_disagreement.nii.gz"}
+    record = json.loads((tmp_path / "both" / "prediction.json").read_text())
+    assert [run["folder"] for run in record["runs"]] == [str(first), str(second)] and len(
+        record["identity"]["runs"]
+    ) == 2
+
+
+def test_the_folder_of_several_folds_is_their_mean(runs: tuple[Path, Path], tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text(json.dumps({"tailseg_run": 1, "folds": ["fold0", "fold1"]}))
+    for fold, run in zip(("fold0", "fold1"), runs, strict=True):
+        (tmp_path / "out" / fold).symlink_to(run)
+    (folds,) = app.predict(tmp_path / "out", "test", tmp_path / "folds")
+    (both,) = app.predict(runs, "test", tmp_path / "both")
+    assert folds.read_bytes() == both.read_bytes()
+
+
+def test_volumes_are_those_of_the_label_files(runs: tuple[Path, Path], tmp_path: Path):
+    (written,) = app.predict(runs[0], "test", tmp_path / "out")
+    label = np.asarray(nibabel.nifti1.load(written).dataobj)
+    voxels = [np.count_nonzero(label == value) for value in (1, 2)]
+    assert voxels[0] > 0
+    assert (tmp_path / "out" / "volumes.csv").read_text().splitlines() == [
+        *(
+            "case,class,voxels,ml",
+            f"t,box,{voxels[0]},{voxels[0] * 0.012:.6g}",
+            f"t,core,{voxels[1]},{voxels[1] * 0.012:.6g}",
+        )
+    ]
+
+
+def test_runs_that_cannot_be_averaged_are_told_apart(runs: tuple[Path, Path], tmp_path: Path):
+    with pytest.raises(OptionError, match="first is given twice"):
+        app.predict([runs[0], runs[0]], "test", tmp_path / "out")
+    tree = tiny_recipe(make_tiny(tmp_path / "two", channels=2), "supervised", epochs=1)
+    other = app.train(load_recipe(tree), tmp_path / "run")
+    with pytest.raises(
+        OptionError, match=r"Runs of different number of channels .*first has 1, .*run has 2; predict with"
+    ):
+        app.predict([runs[0], other], "test", tmp_path / "out")
+
+
+def test_a_set_that_is_not_the_same_in_all_runs_is_refused(runs: tuple[Path, Path], tmp_path: Path):
+    """What one fold is validated on, the others have learnt."""
+    copy = tmp_path / "other"
+    shutil.copytree(runs[0], copy)
+    other = Split("other", ("a", "b", "v2"), ("u0", "u1"), ("v1",), ("t",))
+    (copy / "split.json").write_text(json.dumps(other.to_dict()))
+    with pytest.raises(OptionError, match=r"first and .*other differ in their val cases"):
+        app.predict([runs[0], copy], "val", tmp_path / "out")
+    assert len(app.predict([runs[0], copy], "test", tmp_path / "out")) == 1
+
+
+def test_finished_cases_are_kept_and_other_options_refused(runs: tuple[Path, Path], tmp_path: Path):
+    out, root = tmp_path / "out", runs[0].parent / "tiny" / "imagesTr"
+    app.predict(runs[0], root / "t_0000.nii.gz", out)
+    before = (out / "t.nii.gz").stat().st_mtime_ns
+    written = app.predict(runs[0], root, out, resume=True)
+    assert len(written) == 7 and (out / "t.nii.gz").stat().st_mtime_ns == before
+    app.predict(runs[0], root / "t_0000.nii.gz", out)
+    assert (out / "t.nii.gz").stat().st_mtime_ns != before
+    assert len((out / "volumes.csv").read_text().splitlines()) == 1 + 7 * 2
+    with pytest.raises(OptionError, match=r"made with another options; .*force=True"):
+        app.predict(runs[0], "test", out, resume=True, mirror=("lr",))
+    with pytest.raises(OptionError, match="made with another runs"):
+        app.predict(runs[1], "test", out, resume=True)
+    app.predict(runs[1], "test", out, force=True)
+    assert [path.name for path in out.glob("*.nii.gz")] == ["t.nii.gz"]
+
+
+def test_a_folder_of_scans_is_never_predicted_into(tmp_path: Path, runs: tuple[Path, Path]):
+    touch(tmp_path, "plain.nii.gz")
+    before = (tmp_path / "plain.nii.gz").read_bytes()
+    with pytest.raises(OptionError, match=r"plain\.nii\.gz, which no recorded prediction made"):
+        app.predict(runs[0], tmp_path, tmp_path, force=True)
+    assert (tmp_path / "plain.nii.gz").read_bytes() == before
+
+
+def test_a_clean_up_is_chosen_on_validation_written_and_told(runs: tuple[Path, Path], tmp_path: Path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(runs[0], run)
+    chosen = app.choose_clean_up(run)
+    assert chosen["cases"] == ["v1", "v2"] and set(chosen["classes"]) == set(chosen["gain"])
+    values = json.loads((run / "clean_up.json").read_text())
+    values |= {"classes": {"box": ["largest_component"]}, "gain": {"box": 0.1}}
+    (run / "clean_up.json").write_text(json.dumps(values))
+    app.predict(run, "test", out, clean_up=True)  # takes what is there, for it is of this checkpoint
+    assert json.loads((out / "labels.json").read_text())["clean_up"] == {"box": ["largest_component"]}
+    label = np.asarray(nibabel.nifti1.load(out / "t.nii.gz").dataobj)
+    assert ndimage.label(label == 1, np.ones((3, 3, 3)))[1] == 1  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+    (run / "clean_up.json").write_text(json.dumps(values | {"sha256": "of another checkpoint"}))
+    app.predict(run, "test", tmp_path / "anew", clean_up=True)
+    assert json.loads((run / "clean_up.json").read_text())["sha256"] == values["sha256"]
+
+
+def test_mirroring_that_training_never_did_is_told(runs: tuple[Path, Path], tmp_path: Path):
+    app.predict(runs[0], "test", tmp_path / "out", mirror=("lr",))
+    (note,) = json.loads((tmp_path / "out" / "labels.json").read_text())["notes"]
+    assert "never saw scans mirrored along w while training" in note
+
+
+def test_a_picture_cannot_be_mirrored_along_the_patients_axes_and_nothing_is_written(tmp_path: Path):
+    save(tmp_path / "a.png", 1)
+    ensemble = Ensemble((predictor((8, 8)),), Mirror(("lr",), ("background", "organ1"), 2))
+    cases = find_cases(tmp_path, 1)
+    with pytest.raises(OptionError, match="A picture does not say how the patient lay"):
+        predict_cases(ensemble, cases, tmp_path / "out", label_values=(0, 1), report=app.silent)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dicom_seg_is_written_of_series_alone(tmp_path: Path):
+    touch(tmp_path, "a.nii.gz")
+    case = Case("a", (tmp_path / "a.nii.gz",), None)
+    with pytest.raises(OptionError, match=r"a\.nii\.gz is no DICOM series folder.*write its labels as NIfTI"):
+        Output(file_format="dicom-seg").check([case])
+
+
+def test_a_series_becomes_a_dicom_seg_on_its_own_slices(tmp_path: Path):
+    hd = pytest.importorskip("highdicom", reason="needs the extra tailseg[dicom]")
+    from data.test_dicom_seg import SHAPE, write_series
+
+    series = write_series(tmp_path / "x")
+    ensemble = Ensemble((predictor((8, 8, 8), intensity={"name": "zscore"}),))
+    output = Output(file_format="dicom-seg", uncertainty=True)
+    cases = find_cases(series, 1)
+    (written,) = predict_cases(ensemble, cases, tmp_path / "out", label_values=(0, 1), output=output, report=app.silent)
+    assert written == tmp_path / "out" / "x.dcm"
+    found = ensemble.segment(load_images(cases[0], 1)).labels
+    segments = hd.seg.segread(written)
+    assert found.any() and found.shape == SHAPE
+    assert sum(int(frame.sum()) for frame in segments.pixel_array) == np.count_nonzero(found)
+    assert (tmp_path / "out" / "uncertainty" / "x_entropy.nii.gz").exists()

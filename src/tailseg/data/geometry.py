@@ -108,7 +108,7 @@ def restore_labels(slabs: Iterable[tuple[int, Tensor]], geometry: Geometry) -> n
     """
     labels = np.zeros(geometry.source_shape, np.uint8)
     crop = geometry.view(labels)
-    for first, planes in _native_planes(slabs, geometry):
+    for first, planes in native_planes(slabs, geometry):
         # max, since argmax over a middle axis takes four times as long on a CPU
         crop[first : first + len(planes)] = planes.max(1).indices.to(torch.uint8).cpu().numpy()
     return labels
@@ -121,7 +121,7 @@ def restore_probs(slabs: Iterable[tuple[int, Tensor]], geometry: Geometry) -> np
     """
     probs: np.ndarray | None = None
     crop = np.empty(0)
-    for first, planes in _native_planes(slabs, geometry):
+    for first, planes in native_planes(slabs, geometry):
         if probs is None:
             probs = np.zeros((planes.shape[1], *geometry.source_shape), np.float32)
             probs[0] = 1
@@ -131,7 +131,7 @@ def restore_probs(slabs: Iterable[tuple[int, Tensor]], geometry: Geometry) -> np
     return probs
 
 
-def _native_planes(slabs: Iterable[tuple[int, Tensor]], geometry: Geometry) -> Iterator[tuple[int, Tensor]]:
+def native_planes(slabs: Iterable[tuple[int, Tensor]], geometry: Geometry) -> Iterator[tuple[int, Tensor]]:
     """(first plane, probs (n, K, H, W) float32) of the crop at the scan's resolution, in depth order.
 
     Trilinear interpolation is separable: along depth between two prepared planes, then within the plane. The only plane

@@ -464,9 +464,9 @@ class _Search:
         needed = smallest.seconds * FEWEST_STEPS / TRAINING_SHARE / 3600
         if needed > self.hours:
             raise PlanError(
-                f"--hours {self.hours:g} is too short: on {self.machine.name} even the smallest step, with patches of "
+                f"--hours {self.hours:.2g} is too short: on {self.machine.name} even the smallest step, with patches of "
                 f"{_sides(patch)} in a network of width {width}, takes {smallest.seconds:.1f} s, and {FEWEST_STEPS} of them "
-                f"{needed:.1f} hours; give more --hours, a cheaper --method, or another --device."
+                f"{needed:.2g} hours; give more --hours, a cheaper --method, or another --device."
             )
         return smallest
 

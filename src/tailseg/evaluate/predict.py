@@ -1,73 +1,34 @@
-"""Segment whole scans: prepare, sliding windows, and back to the scan's own grid and orientation."""
+"""Segment whole scans: which ones a path means, and what is written for each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from tailseg.core import Method
 from tailseg.data.dicom import is_series
-from tailseg.data.geometry import restore_labels, restore_probs
 from tailseg.data.image import IMAGE_ENDINGS, Image, ImageError, read_header, write_image
 from tailseg.data.layouts import numbered
 from tailseg.data.pictures import PICTURE_ENDINGS
-from tailseg.data.prepare import Preparation, prepare_case
 from tailseg.data.raw import Case, load_images
-from tailseg.evaluate.sliding_window import sliding_window
+from tailseg.evaluate.clean_up import clean_up
+from tailseg.evaluate.prediction_folder import claim_folder
+from tailseg.evaluate.predictor import Ensemble, Predictor, Segmentation
+from tailseg.evaluate.scores import LABELS_FILE
+from tailseg.evaluate.uncertainty import write_map
+from tailseg.evaluate.volumes import class_volumes
 from tailseg.files import write_json, written_whole
-from tailseg.runtime import Runtime
+from tailseg.options import OptionError, suggest
 
+__all__ = ["Ensemble", "Maker", "Output", "Predictor", "find_cases", "label_ending", "predict_cases"]
 
-@dataclass(frozen=True)
-class Predictor:
-    """A trained method with everything a new scan must go through before and after it.
-
-    overlap, weighting, batch_size: of the sliding windows.
-    """
-
-    method: Method
-    preparation: Preparation
-    patch_size: tuple[int, ...]
-    runtime: Runtime
-    overlap: float = 0.5
-    weighting: Literal["uniform", "gaussian"] = "uniform"
-    batch_size: int = 4
-
-    def labels(self, image: Image) -> np.ndarray:
-        """(D, H, W) uint8 class indices on the scan's own grid. image: (C, D, H, W).
-
-        Probabilities are interpolated back slab by slab, so that memory does not grow with the native grid times K.
-        """
-        prepared = prepare_case(image, None, self.preparation)
-        return restore_labels(self._slabs(prepared.image), prepared.geometry)
-
-    def probs(self, image: Image) -> np.ndarray:
-        """(K, D, H, W) float32 on the scan's own grid; outside a crop the background has probability 1."""
-        prepared = prepare_case(image, None, self.preparation)
-        return restore_probs(self._slabs(prepared.image), prepared.geometry)
-
-    def _slabs(self, image: np.ndarray) -> Iterator[tuple[int, Tensor]]:
-        self.method.eval()
-        return sliding_window(
-            self._predict,
-            torch.from_numpy(image),
-            self.patch_size,
-            overlap=self.overlap,
-            weighting=self.weighting,
-            batch_size=self.batch_size,
-            device=self.runtime.device,
-        )
-
-    def _predict(self, x: Tensor) -> Tensor:
-        with torch.inference_mode(), self.runtime.autocast():
-            x = x.contiguous(memory_format=self.runtime.memory_format(x.dim() - 2))
-            return self.method.predict(x)
+FileFormat = Literal["nifti", "dicom-seg"]
 
 
 def find_cases(source: Path, channels: int) -> list[Case]:
@@ -83,6 +44,10 @@ def find_cases(source: Path, channels: int) -> list[Case]:
     files = [file for file in files if file.name.endswith(IMAGE_ENDINGS) or is_series(file)]
     files = [file for file in files if not file.name.startswith(".")]
     if not files:
+        if (source / "imagesTr").is_dir():
+            raise ImageError(
+                f"{source} is a data set; give one of its folders of scans, such as {source / 'imagesTr'}."
+            )
         raise ImageError(
             f"{source} holds no scan; known endings are {', '.join(IMAGE_ENDINGS)}. A DICOM series is given as its folder."
         )
@@ -125,42 +90,161 @@ def _channel_files(file: Path, case: str, channels: int) -> tuple[Path, ...]:
     return paths
 
 
-def label_ending(case: Case) -> str:
-    """Of the label file that is written for a case: a picture's is a picture."""
-    return ".png" if case.images[0].name.endswith(PICTURE_ENDINGS) else ".nii.gz"
+def label_ending(case: Case, file_format: FileFormat = "nifti") -> str:
+    """Of the label file that is written for a case: a picture's is a picture, whatever the format."""
+    if is_picture(case):
+        return ".png"
+    return ".dcm" if file_format == "dicom-seg" else ".nii.gz"
+
+
+def is_picture(case: Case) -> bool:
+    return case.images[0].name.endswith(PICTURE_ENDINGS)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is written for every case beside its labels, and how.
+
+    probs: <case>_probs.npz, "probs" (K, D, H, W) float16, which no clean-up touches. uncertainty: uncertainty/<case>_entropy
+    and, with several members, <case>_disagreement. clean_up: class -> operations on the labels. file_format: of the labels of
+    scans; dicom-seg needs cases that are DICOM series.
+    """
+
+    probs: bool = False
+    uncertainty: bool = False
+    clean_up: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    file_format: FileFormat = "nifti"
+
+    def check(self, cases: Sequence[Case]) -> None:
+        """Raises ValueError for cases that cannot be written in this format."""
+        if self.file_format not in get_args(FileFormat):
+            raise OptionError(
+                f"There is no format '{self.file_format}'. {suggest(self.file_format, get_args(FileFormat))}"
+            )
+        if self.file_format == "nifti":
+            return
+        for case in cases:
+            if not case.images[0].is_dir():
+                raise OptionError(
+                    f"{case.images[0]} is no DICOM series folder, which a DICOM SEG refers to; write its labels as NIfTI."
+                )
+        if find_spec("highdicom") is None:
+            raise OptionError("writing DICOM SEG needs highdicom: pip install 'tailseg[dicom]'")
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Who predicts, for whoever finds the files. runs: digests of their checkpoints and the like. name: of the method.
+
+    about: more for the reader of prediction.json. notes: what to bear in mind; they stand in labels.json.
+    """
+
+    runs: Sequence[str] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "TailSeg"
+    about: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def predict_cases(
-    predictor: Predictor,
+    ensemble: Ensemble,
     cases: Sequence[Case],
-    output: Path,
+    folder: Path,
     *,
     label_values: Sequence[int],
-    save_probs: bool = False,
+    output: Output = Output(),
+    maker: Maker = Maker(),
+    resume: bool = False,
+    force: bool = False,
     report: Callable[[int, int, str], None],
 ) -> list[Path]:
-    """Write <case>.nii.gz, or <case>.png of a picture, for every case and labels.json with the classes' names and values,
-    and the method's caveat if it has one; returns the label files.
+    """Write <case>.nii.gz, <case>.png of a picture, or <case>.dcm for every case; volumes.csv; labels.json with the classes'
+    names and values, the clean-up and the caveats; and prediction.json, which says who made them. Returns the label files.
 
-    label_values: value of each class in the files. save_probs: also <case>_probs.npz, "probs" (K, D, H, W) float16.
+    label_values: value of each class in the files; in a DICOM SEG classes are segments. resume, force: see
+    prediction_folder.claim_folder, which refuses to mix.
     """
-    names = dict(zip(predictor.method.task.classes, label_values, strict=True))
-    caveat = predictor.method.caveat()
-    write_json(output / "labels.json", {"labels": names} | ({"caveat": caveat} if caveat else {}))
+    task = ensemble.predictors[0].method.task
+    output.check(cases)
+    for picture in {is_picture(case) for case in cases}:
+        if ensemble.mirror:
+            ensemble.mirror.check(picture=picture)
+    identity = {
+        "tailseg": version("tailseg"),
+        "runs": sorted(maker.runs),
+        "options": {
+            **maker.options,
+            "mirror": sorted(ensemble.mirror.axes) if ensemble.mirror else [],
+            "clean_up": {name: list(each) for name, each in output.clean_up.items()},
+            "format": output.file_format,
+            "probabilities": output.probs,
+            "uncertainty": output.uncertainty,
+        },
+    }
+    paths = {case.id: folder / f"{case.id}{label_ending(case, output.file_format)}" for case in cases}
+    names = [path.name for path in paths.values()]
+    claimed = claim_folder(folder, identity, maker.about, names, resume=resume, force=force)
+    write_json(folder / LABELS_FILE, _labels_file(ensemble, label_values, output, maker))
+    claimed.write()
     table = np.array(label_values, dtype=np.uint8)
-    written = []
     for index, case in enumerate(cases):
         report(index, len(cases), case.id)
-        image = load_images(case, predictor.method.task.in_channels)
-        if save_probs:
-            probs = predictor.probs(image)
-            labels = probs.argmax(0)
-            with written_whole(output / f"{case.id}_probs.npz") as temporary:
-                np.savez_compressed(temporary, probs=probs.astype(np.float16))
-        else:
-            labels = predictor.labels(image)
-        path = output / f"{case.id}{label_ending(case)}"
-        write_image(path, Image(table[labels], image.affine))
-        written.append(path)
+        if not claimed.kept(case):
+            image = load_images(case, task.in_channels)
+            found = ensemble.segment(
+                image, probs=output.probs, uncertainty=output.uncertainty, picture=is_picture(case), scratch=folder
+            )
+            if output.clean_up:
+                clean_up(found.labels, task.classes, output.clean_up)
+            path = paths[case.id]
+            files = [path, *_write_beside(folder, case, found, image)]
+            if path.name.endswith(".dcm"):
+                _write_dicom(path, found.labels, case, image, task.classes, maker)
+            else:
+                write_image(path, Image(table[found.labels], image.affine))
+            spacing = None if is_picture(case) else image.spacing
+            claimed.finish(case, files, class_volumes(found.labels, task.classes, spacing))
         report(index + 1, len(cases), case.id)
+    return list(paths.values())
+
+
+def _labels_file(ensemble: Ensemble, label_values: Sequence[int], output: Output, maker: Maker) -> dict[str, Any]:
+    names = dict(zip(ensemble.predictors[0].method.task.classes, label_values, strict=True))
+    caveats = dict.fromkeys(predictor.method.caveat() for predictor in ensemble.predictors)
+    told = {
+        "caveat": " ".join(filter(None, caveats)),
+        "clean_up": {name: list(each) for name, each in output.clean_up.items()},
+        "notes": list(maker.notes),
+    }
+    return {"labels": names} | {key: value for key, value in told.items() if value}
+
+
+def _write_beside(folder: Path, case: Case, found: Segmentation, image: Image) -> list[Path]:
+    """What is asked for beside the labels; returns the files."""
+    written: list[Path] = []
+    if found.probs is not None:
+        written.append(folder / f"{case.id}_probs.npz")
+        with written_whole(written[-1]) as temporary:
+            np.savez_compressed(temporary, probs=found.probs.astype(np.float16))
+    for name, steps in (("entropy", found.entropy), ("disagreement", found.disagreement)):
+        if steps is not None:
+            written.append(folder / "uncertainty" / f"{case.id}_{name}{label_ending(case)}")
+            write_map(written[-1], steps, image.affine)
     return written
+
+
+def _write_dicom(
+    path: Path, labels: np.ndarray, case: Case, image: Image, classes: Sequence[str], maker: Maker
+) -> None:
+    from tailseg.data.dicom_seg import write_seg
+
+    write_seg(
+        path,
+        labels,
+        case.images[0],
+        classes,
+        affine=image.affine,
+        description=f"{maker.name} segmentation",
+        algorithm=maker.name,
+        algorithm_version=hashlib.sha256("".join(sorted(maker.runs)).encode()).hexdigest()[:16],
+    )

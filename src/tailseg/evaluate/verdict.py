@@ -191,22 +191,17 @@ def _class_verdict(values: Mapping[str, Any]) -> ClassVerdict:
 
 
 def verdict_table(verdict: Verdict) -> Table:
-    """For the terminal: the rarest class first."""
-    better = METRICS[verdict.metric]
-    notes = "\n".join([*verdict.notes, f"Protocol {verdict.protocol}; * among the rarest third of the classes."])
-    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), caption=escape(notes), caption_justify="left")
-    table.add_column("class", no_wrap=True)
-    for heading in (
-        "share",
-        f"{better.title}\nlabelled-only",
-        "with\nunlabelled",
-        "difference\n95 % interval",
-        "adjusted\np",
-    ):
+    """For the terminal, in 80 columns: the rarest class first."""
+    unit = verdict.unit or "%"
+    notes = [*verdict.notes, f"Protocol {verdict.protocol}; * among the rarest third of the classes."]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), caption=escape("\n".join(notes)), caption_justify="left")
+    table.add_column("class", overflow="fold")
+    title = METRICS[verdict.metric].title
+    for heading in ("% of\nvoxels", f"{title}, {unit}\nwithout", "\nwith", "change and\n95 % interval", "adj.\np"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("unlabelled\nscans", no_wrap=True)
     for one in sorted(verdict.classes, key=lambda one: one.share):
-        table.add_row(f"{escape(one.name)}{' *' * one.rare}", f"{one.share:.2%}", *_cells(one, verdict.unit))
+        table.add_row(f"{escape(one.name)}{' *' * one.rare}", f"{100 * one.share:.2f}", *_cells(one, verdict.unit))
     table.add_section()
     table.add_row(verdict.overall.name, "", *_cells(verdict.overall, verdict.unit))
     return table
@@ -216,8 +211,9 @@ def _cells(one: ClassVerdict, unit: str) -> list[str]:
     test = one.test
     if not test.cases:
         return ["-", "-", "-", "-", one.answer]
-    shown = [_number(value, unit) for value in (test.second, test.first)]
-    interval = f"{_number(test.low, unit, sign=True)} to {_number(test.high, unit, sign=True)}"
-    difference = f"{_number(test.difference, unit, sign=True)}\n{interval}"
+    shown = [f"{value if unit else 100 * value:.1f}" for value in (test.second, test.first)]
+    change = _number(test.difference, unit, sign=True)
+    if test.cases > 1:
+        change += f"\n{_number(test.low, unit, sign=True)} to {_number(test.high, unit, sign=True)}"
     colour = {"helped": "green", "hurt": "red", "can't tell": "dim"}[one.answer]
-    return [*shown, difference, f"{one.adjusted_p:.2g}", f"[{colour}]{one.answer}[/{colour}]"]
+    return [*shown, change, f"{one.adjusted_p:.2g}", f"[{colour}]{one.answer}[/{colour}]"]

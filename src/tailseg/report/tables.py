@@ -95,7 +95,7 @@ def _row(one: ClassVerdict, colour: str, scale: float, limit: float) -> VerdictR
         method=fixed(first),
         difference=signed(difference),
         difference_value=difference if math.isfinite(difference) else -math.inf,
-        interval=f"{signed(low)} to {signed(high)}" if math.isfinite(low) else NONE,
+        interval=f"{signed(low)} to {signed(high)}" if test.cases > 1 else NONE,  # of one case there is none
         forest=_forest(difference, low, high, limit, css) if math.isfinite(difference) else "",
         p=p_value(one.adjusted_p),
         answer=one.answer,
@@ -240,8 +240,8 @@ def _run_row(
 
 def _cell(metric: MetricSummary, protocol: Protocol, name: str) -> Cell:
     scale = factor(protocol, name)
-    spread = "" if metric.std is None or math.isnan(metric.std) else f"±{fixed(scale * metric.std)}"
-    interval = f"{fixed(scale * metric.low)} to {fixed(scale * metric.high)}" if math.isfinite(metric.low) else ""
+    spread = "" if metric.std is None or metric.counted < 2 else f"±{fixed(scale * metric.std)}"
+    interval = f"{fixed(scale * metric.low)} to {fixed(scale * metric.high)}" if metric.counted > 1 else ""
     return Cell(fixed(scale * metric.mean), spread, interval)
 
 
