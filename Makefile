@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.complete
 
-.PHONY: env demo test lint types check clean
+.PHONY: env demo test browser lint types docs check clean
 
 env: $(STAMP)
 
@@ -26,6 +26,9 @@ demo: env
 test: env
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
+browser: env
+	$(BIN)/python -m pytest -m browser
+
 lint: env
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -33,9 +36,13 @@ lint: env
 types: env
 	$(BIN)/basedpyright
 
-check: lint types test
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the documentation lies in $(CURDIR)/site/index.html"
+
+check: lint types test docs browser
 
 clean:
-	@echo "removing caches, built packages and demo/; the environment stays (rm -rf .venv)"
-	rm -rf .pytest_cache .ruff_cache build dist demo
+	@echo "removing caches, built packages, demo/ and site/; the environment stays (rm -rf .venv)"
+	rm -rf .pytest_cache .ruff_cache build dist demo site
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The pages of the methods, and the published numbers on them."""
+"""The documentation: the pages of the methods and the numbers on them, the references, and the code on the pages."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+import yaml
+from markdown.extensions.toc import slugify
+from tiny import make_tiny, tiny_recipe
 
+from tailseg.cli import cli
 from tailseg.components import builtin_names, component_options, method_cards
+from tailseg.evaluate.protocols import PROTOCOLS, Protocol
+from tailseg.evaluate.statistics import paired_test
+from tailseg.recipe import Recipe
+from tailseg.train.fit import TrainOptions
+from tailseg.train.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,9 +52,8 @@ RESULTS = """\
 """
 
 
-def load() -> ModuleType:
-    path = ROOT / "docs" / "make_method_pages.py"
-    spec = importlib.util.spec_from_file_location("make_method_pages", path)
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -51,7 +61,7 @@ def load() -> ModuleType:
     return module
 
 
-pages = load()
+pages, reference = load("make_method_pages"), load("make_reference")
 PUBLISHED = pages.read_published()
 MADE = pages.make_pages()
 
@@ -152,3 +162,158 @@ def test_a_sample_of_published_numbers(protocol, labelled, row, metric, name, va
         == (protocol, labelled, row, metric, name)
     }
     assert (value, std) in found
+
+
+# --- the site
+
+
+def documents() -> list[Path]:
+    """The pages that people wrote or scripts made, beside those of the methods."""
+    return sorted(path for path in (ROOT / "docs").rglob("*.md") if path.parent.name != "methods")
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    """(title, code) of every block marked python; the title is a file's name, or nothing."""
+    return re.findall(
+        r'^```python(?: title="([^"]+)")?\n(.*?)^```', path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+PAGES_WITH_CODE = [path for path in documents() if blocks(path)]
+
+
+@pytest.mark.filterwarnings("ignore:Please import:DeprecationWarning")  # MedPy asks scipy by an old name
+@pytest.mark.parametrize("path", PAGES_WITH_CODE, ids=lambda path: path.stem)
+def test_the_python_on_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Blocks with a title are files; the others run one after the other."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names: dict[str, object] = {}
+    for title, code in blocks(path):
+        if title:
+            (tmp_path / title).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / title).write_text(code, encoding="utf-8")
+        else:
+            exec(compile(code, f"{path.name}", "exec"), names)
+
+
+def test_pages_with_worked_examples_have_them():
+    assert {"metrics", "empty-classes", "statistics", "add-a-method"} <= {path.stem for path in PAGES_WITH_CODE}
+
+
+def test_the_method_of_the_page_trains_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from tailseg import app
+    from tailseg.recipe import load_recipe
+
+    (_, code) = next(block for block in blocks(ROOT / "docs" / "howto" / "add-a-method.md") if block[0])
+    (tmp_path / "ideas_of_the_page.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = tiny_recipe(make_tiny(tmp_path / "data"), epochs=1, steps_per_epoch=2)
+    run = app.train(load_recipe(recipe, ["method=ideas_of_the_page:MinEnt", "method.weight=0.2"]), tmp_path / "run")
+    assert (run / "best.pt").exists()
+    losses = [line["losses"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"]
+    assert losses and set(losses[-1]) == {"sup", "entropy"}
+
+
+def test_the_references_are_up_to_date():
+    assert not reference.stale_pages(), "run python docs/make_reference.py"
+
+
+def test_every_key_and_option_has_a_meaning_in_the_reference():
+    assert not reference.keys_without_meaning()
+
+
+def test_a_key_without_a_meaning_is_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reference.DataOptions, "__doc__", "root: somewhere. split: some.")
+    assert "data.store (DataOptions)" in reference.keys_without_meaning()
+    assert "data.root (DataOptions)" not in reference.keys_without_meaning()
+
+
+def test_the_reference_holds_every_key_of_a_recipe_and_every_command():
+    recipe, commands = (path.read_text(encoding="utf-8") for path in sorted(reference.PAGES.glob("*.md"), reverse=True))
+    for name in [*Recipe.model_fields, *(f"train.{key}" for key in TrainOptions.model_fields)]:
+        assert f"| `{name}` |" in recipe
+    names = [command.name or command.callback.__name__ for command in cli.registered_commands if command.callback]
+    for name in names:
+        assert f"## tailseg {name.rstrip('_')}\n" in commands
+
+
+def test_the_table_of_empty_classes_says_what_the_protocols_do():
+    text = (ROOT / "docs" / "explanation" / "empty-classes.md").read_text(encoding="utf-8")
+
+    def told(protocol: Protocol, state: str) -> str:
+        dice, distance = getattr(protocol.overlap, state), getattr(protocol.distance, state)
+        words = [f"{rule:g}" if isinstance(rule, float) else rule for rule in (dice, distance)]
+        return "left out" if words == ["exclude"] * 2 else f"Dice {words[0]}, distance: {words[1]}"
+
+    for name, protocol in PROTOCOLS.items():
+        row = " | ".join(told(protocol, state) for state in ("missed", "invented", "absent"))
+        assert f"| `{name}` | {row} |" in text
+
+
+def test_the_tables_of_the_statistics_are_right():
+    text = (ROOT / "docs" / "explanation" / "statistics.md").read_text(encoding="utf-8")
+    smallest = [paired_test(np.arange(1, cases + 1) / 100, np.zeros(cases)).permutation_p for cases in range(3, 11)]
+    assert f"| smallest p | {' | '.join(f'{round(p, 4):g}' for p in smallest)} |" in text
+    needed = [
+        next(cases for cases in range(3, 20) if classes * 2.0 ** (1 - cases) < 0.05) for classes in (1, 2, 4, 7, 13, 15)
+    ]
+    assert f"| cases that differ, at least | {' | '.join(map(str, needed))} |" in text
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.relative_to(ROOT / "docs").as_posix())
+def test_links_lead_to_files_and_headings(path: Path):
+    for link, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)", without_code(path)):
+        target = (path.parent / link).resolve() if link else path
+        assert target.exists(), f"{path.name} links to {link}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", without_code(target), re.MULTILINE)
+            assert anchor in [slugify(heading.replace("`", ""), "-") for heading in headings], f"{path.name}: #{anchor}"
+
+
+def without_code(path: Path) -> str:
+    return re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def test_every_page_is_in_the_navigation_and_every_entry_is_a_page():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+    def entries(nav: Any) -> list[str]:
+        if isinstance(nav, str):
+            return [nav]
+        return [entry for item in (nav.values() if isinstance(nav, dict) else nav) for entry in entries(item)]
+
+    listed = entries(site["nav"])
+    assert {"methods/", "benchmarks/"} <= set(listed)  # docs/site_hook.py fills these in
+    pages = [entry for entry in listed if not entry.endswith("/")]
+    assert sorted(pages) == sorted(path.relative_to(ROOT / "docs").as_posix() for path in documents())
+
+
+def test_pictures_are_small():
+    pictures = list((ROOT / "docs" / "pictures").iterdir())
+    assert pictures and sum(path.stat().st_size for path in pictures) < 600_000
+
+
+def test_every_command_on_a_page_exists_with_its_options():
+    known = {name.removeprefix("tailseg "): function for name, function in reference.commands(cli, "tailseg")}
+    for path in [*documents(), ROOT / "README.md"]:
+        for block in re.findall(
+            r"^```(?:bash[^\n]*)?\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        ):
+            for line in block.replace("\\\n", " ").splitlines():
+                if found := re.search(r"(?:\btailseg|-m tailseg\.cli) ([a-z]+)(.*)", line.partition(" # ")[0]):
+                    name = found[1] if found[1] != "teacher" else "teacher check"
+                    assert name in known, f"{path.name}: {line}"
+                    options = " ".join(one.words for one in reference.parameters(known[name]))
+                    for option in re.findall(r"(?<!\S)--[a-z-]+", found[2]):
+                        assert re.search(rf"{option}\b", options), f"{path.name}: {name} has no {option}"
+
+
+def test_no_page_fetches_anything():
+    """The site is read without a network: no font, script, style or picture from elsewhere."""
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert site["theme"]["font"] is False and site["plugins"] == ["search"] and "extra_javascript" not in site
+    for style in site["extra_css"]:
+        assert not re.search(r"url\(|@import", (ROOT / "docs" / style).read_text(encoding="utf-8"))
+    for path in documents():
+        assert not re.search(r"!\[[^\]]*\]\(\w+:|<(?:img|script|link|iframe)\b", without_code(path)), path.name

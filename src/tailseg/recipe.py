@@ -22,12 +22,13 @@ _FROZEN = ConfigDict(extra="forbid", frozen=True)
 
 
 class DataOptions(BaseModel):
-    """root: folder in nnU-Net raw layout; ~ and $VARIABLES are expanded. split: name in root/splits.json or in split_file.
-    prepare: a named preparation or a mapping of its keys. store: folder of the prepared arrays.
+    """root: the data set's folder, or a table of files (.csv); ~ and $VARIABLES are expanded. split: a name in split_file.
+    split_file: JSON of splits; null is root/splits.json. prepare: a named preparation or a mapping of its keys. store: folder
+    of the prepared arrays, which runs share.
 
     patch_size: (d, h, w) trains in 3D, (h, w) in 2D on slices. batch: labelled and unlabelled patches of a step, over all
     processes together. foreground: share of labelled patches around a voxel of a foreground class. pad: allow cases smaller
-    than the patch. workers: threads that cut patches.
+    than the patch. augment: weak augmentation of every patch. workers: threads that cut patches.
     """
 
     model_config = _FROZEN
@@ -103,7 +104,9 @@ class Component(BaseModel):
 
 
 class EvaluateOptions(BaseModel):
-    """protocols: named sets of rules for the scores. overlap, weighting, batch: of the sliding windows."""
+    """protocols: named sets of rules for the scores. overlap: of neighbouring windows along each axis, a share of their side.
+    weighting: what a window's voxels count, all alike or most in its middle. batch: windows that are predicted at once.
+    """
 
     model_config = _FROZEN
 
@@ -122,7 +125,12 @@ class EvaluateOptions(BaseModel):
 
 
 class Recipe(BaseModel):
-    """Everything a run depends on, besides the data and the code."""
+    """Everything a run depends on, besides the data and the code.
+
+    data: scans, split, preparation and patches. network: a name, or a name and its options. method: a name, or a name and its
+    options. train: steps, optimiser, device. evaluate: sliding windows and rules of scoring. seed: of all that is drawn, from
+    the first weights to the patches; another one shows how much of a difference is chance.
+    """
 
     model_config = _FROZEN
 

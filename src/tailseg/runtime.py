@@ -26,9 +26,9 @@ class RuntimeOptions(BaseModel):
     """device: cpu, cuda, cuda:1, mps, or auto (cuda where there is one). Under torchrun each process takes its own GPU.
 
     precision: auto is bf16 where the device computes in it, fp32 elsewhere; a processor that only emulates bf16 takes several
-    times as long with it as with fp32. channels_last, compile: memory layout and torch.compile of the networks.
-    deterministic: refuse operations whose result depends on the order of threads. threads: CPU threads of the arithmetic,
-    default torch's.
+    times as long with it as with fp32. channels_last: memory layout of images and networks. compile: the networks with
+    torch.compile. deterministic: refuse operations whose result depends on the order of threads. threads: CPU threads of the
+    arithmetic, null is torch's number.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

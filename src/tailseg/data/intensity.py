@@ -20,8 +20,11 @@ class _Frozen(BaseModel):
 
 
 class Window(_Frozen):
-    """Clip to [low, high], then rescale to [0, 1] by the extremes of the clipped volume ("volume") or by low and high
-    themselves ("window")."""
+    """Clip to [low, high], then rescale to [0, 1].
+
+    low, high: in the scan's own intensities, HU for CT. rescale: by the extremes of the clipped volume ("volume") or by low and
+    high themselves ("window").
+    """
 
     name: Literal["window"] = "window"
     low: Value
@@ -44,7 +47,10 @@ class Window(_Frozen):
 
 
 class Percentiles(_Frozen):
-    """Clip to two percentiles of the volume, then z-score what was clipped."""
+    """Clip to two percentiles of the volume, then z-score what was clipped.
+
+    low, high: percentiles.
+    """
 
     name: Literal["percentiles"] = "percentiles"
     low: Percent = 0.5

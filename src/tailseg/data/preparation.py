@@ -25,7 +25,10 @@ Millimetres = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Crop(BaseModel):
-    """The box of all voxels of the first channel above the threshold, widened by margin mm on every side."""
+    """The box of all voxels of the first channel above the threshold, widened on every side.
+
+    threshold: in the scan's own intensities, HU for CT. margin: mm.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,9 +42,10 @@ class Preparation(BaseModel):
     Axes are (D, H, W) after the orientation; null in spacing or grid keeps that axis as it is.
 
     orientation: "canonical" turns the axes to the nearest of right, anterior, superior; "file" leaves them as stored.
+    crop: to what is brighter than a threshold, null for the whole scan.
     spacing: mm per voxel, reached as closely as a whole number of voxels over the same field of view allows.
-    grid: voxels over the same field of view. label_interpolation: "legacy-nearest" takes voxel floor(i * old / new), up to
-    half a voxel beside "nearest".
+    grid: voxels over the same field of view. image_interpolation: of the resampling. label_interpolation: "legacy-nearest"
+    takes voxel floor(i * old / new), up to half a voxel beside "nearest". intensity: the normalisation of each channel.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -31,10 +31,13 @@ from tailseg.train.watch import Watch
 class TrainOptions(RuntimeOptions):
     """The `train` part of a recipe.
 
-    epochs: passes over the unlabelled cases (over the labelled ones where there are none); steps_per_epoch overrides their
-    length. schedule: poly is lr (1 - t)^schedule_power; schedule_unit: see Progress.fraction. accumulate: batches per step.
-    validate_every, checkpoint_every: epochs. log_every, alarm_after: steps; the alarm names a class that no prediction held
-    for so long.
+    epochs: passes over the unlabelled cases, over the labelled ones where there are none. steps_per_epoch: length of an epoch
+    instead of such a pass. optimizer: sgd has Nesterov momentum. lr: learning rate at the start. momentum: of sgd.
+    weight_decay: of every optimiser. schedule: of the learning rate; poly is lr (1 - t)^schedule_power. schedule_power: of
+    poly. schedule_unit: whether the learning rate moves every epoch or every step (Progress.fraction). accumulate: batches
+    per step. clip_norm: the longest that the gradient of a step may be, null for any. validate_every, checkpoint_every: epochs
+    between two. log_every: steps between two lines of metrics.jsonl. alarm_after: steps without one prediction of a class
+    before the alarm names it.
     """
 
     epochs: int = Field(default=300, ge=1)
