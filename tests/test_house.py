@@ -19,14 +19,16 @@ MODULES = {
     for path in sorted(SOURCE.rglob("*.py"))
 }
 
-GROUND = {"core", "options", "files", "runtime"}
+GROUND = {"core", "options", "files", "progress", "runtime"}
 ENGINE = {"data", "evaluate", "train", "report"}
 CHOICES = {"parts", "methods", "networks"}
-BELOW_APP = GROUND | ENGINE | CHOICES | {"components", "checks", "recipe"}
+BELOW_APP = GROUND | ENGINE | CHOICES | {"components", "checks", "recipe", "export"}
+VERBS = {"predicting", "exporting", "reporting"}
 MAY_IMPORT = {
     "core": set(),
     "options": set(),
     "files": set(),
+    "progress": set(),
     "runtime": {"core"},
     "parts": GROUND | {"parts"},
     "methods": GROUND | {"parts"},
@@ -39,7 +41,9 @@ MAY_IMPORT = {
     "checks": GROUND | CHOICES | {"components", "train"},
     "recipe": GROUND | ENGINE | CHOICES | {"components"},
     "export": GROUND | CHOICES | {"data", "evaluate", "train", "components", "recipe", "export"},
-    "app": BELOW_APP | {"export"},
+    "trained": BELOW_APP,
+    **dict.fromkeys(VERBS, BELOW_APP | {"trained"}),
+    "app": BELOW_APP | VERBS | {"trained"},
     "planning": BELOW_APP,
     "running": BELOW_APP | {"app", "planning"},
     "demo": BELOW_APP | {"running"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,8 @@ from tailseg.data.raw import RawDataset, read_raw
 from tailseg.data.splits import SETS, Split, read_split
 from tailseg.files import write_json, write_text
 from tailseg.options import OptionError
+from tailseg.progress import Report, silent
 from tailseg.recipe import load_recipe
-
-Report = Callable[[int, int, str], None]
-"""Told (done, total, case) after every case of a long job."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def plan(
     store: Path = Path("stores"),
     force: bool = False,
     workers: int = 1,
-    report: Report = lambda done, total, case: None,
+    report: Report = silent,
 ) -> Planned:
     """Look at a data set and at this machine, and write a recipe whose comments say why each choice was made.
 
