@@ -15,7 +15,7 @@ from tailseg.evaluate.scores import read_scores
 from tailseg.evaluate.verdict import Verdict
 from tailseg.options import OptionError
 from tailseg.recipe import Recipe, load_recipe
-from tailseg.running import CheckFailed, Finished, RunSettings, Stopped, _steps_for, _Timed, run
+from tailseg.running import CheckFailed, Finished, RunSettings, Stopped, _files_digest, _steps_for, _Timed, run
 from tailseg.train.fit import Trainer
 
 
@@ -182,6 +182,29 @@ def test_nothing_is_written_into_the_data_set(finished: tuple[RunSettings, Finis
     assert sorted(os.listdir(asked.data)) == ["dataset.json", "imagesTr", "labelsTr", "splits.json"]  # noqa: PTH208
     with pytest.raises(OptionError, match="lies in the data set"):
         run(asked, Path(asked.data) / "out")
+
+
+def test_several_processes_are_sent_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = settings(tmp_path / "data")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OptionError, match="one process"):
+        run(asked, tmp_path / "out")
+
+
+def test_a_changed_file_is_noticed_and_what_lies_beside_a_table_is_not(tmp_path: Path):
+    root = make_tiny(tmp_path / "data")
+    before = _files_digest(root)
+    (root / "labelsTr" / "a.nii.gz").touch()
+    assert _files_digest(root) != before
+    table = root / "scans.csv"
+    table.write_text(
+        "image,label\nimagesTr/a_0000.nii.gz,labelsTr/a.nii.gz\nimagesTr/u0_0000.nii.gz,\n", encoding="utf-8"
+    )
+    before = _files_digest(table)
+    (root / "notes.txt").write_text("of someone", encoding="utf-8")
+    assert _files_digest(table) == before
+    (root / "imagesTr" / "u0_0000.nii.gz").touch()
+    assert _files_digest(table) != before
 
 
 @pytest.mark.parametrize("others", [{"test": ("a",)}, {"split": "tiny"}])

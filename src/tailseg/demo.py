@@ -29,7 +29,7 @@ def demo_recipe(data: Path, stores: Path) -> dict[str, Any]:
         },
         "network": {"name": "vnet", "width": 8},
         "method": {"name": "dhc"},
-        "train": {"epochs": 160, "lr": 0.03, "precision": "auto", "validate_every": 20, "checkpoint_every": 20},
+        "train": {"epochs": 100, "lr": 0.03, "precision": "auto", "validate_every": 20, "checkpoint_every": 20},
     }
 
 

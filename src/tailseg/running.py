@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from typing import Any, Literal
 from tailseg import app, planning
 from tailseg.data.check import CheckReport
 from tailseg.data.plan import FOLDS, PlanError
-from tailseg.data.raw import RawDataset, read_raw
+from tailseg.data.raw import DataError, RawDataset, read_raw
 from tailseg.data.splits import Split, read_split
 from tailseg.evaluate.scores import Scores, joined, read_scores
 from tailseg.evaluate.verdict import Scored, Verdict, make_verdict
@@ -168,6 +169,11 @@ class _Job:
 
     def _refuse(self) -> None:
         settings = self.settings
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise OptionError(
+                "`tailseg run` is one process. For several GPUs plan first (tailseg plan), then start `tailseg train` with "
+                "torchrun."
+            )
         if not self.root.exists():
             raise OptionError(f"No data set at {self.root}: it does not exist.")
         if self.out.resolve().is_relative_to(self.root.resolve()):
@@ -438,10 +444,21 @@ def _checkpoint(run: Path) -> str:
 
 def _files_digest(root: Path) -> str:
     """Of names, sizes and times of change of all files of a data set, which says whether it has to be read again."""
-    folder = root if root.is_dir() else root.parent
     told = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
+    for path in _files(root):
         if path.is_file():
             stat = path.stat()
-            told.update(f"{path.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            told.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return told.hexdigest()
+
+
+def _files(root: Path) -> list[Path]:
+    """Of a table those that it names, since other things may lie beside it."""
+    if root.is_dir():
+        return sorted(root.rglob("*"))
+    beside = [root, root.with_name("dataset.json"), root.with_name("splits.json")]
+    with contextlib.suppress(DataError):  # which the check tells about
+        for case in read_raw(root).cases.values():
+            named = [*case.images, *([case.label] if case.label else [])]
+            beside += [file for path in named for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    return beside
