@@ -65,6 +65,9 @@ def test_the_reference_sees_as_many_patches_in_as_many_steps_and_no_unlabelled_o
     assert (method.method.name, alone.method.name) == ("dhc", "supervised")
     assert app.trained_steps(done.folder / "tiny") == app.trained_steps(done.folder / "tiny_labelled_only") == (4, 4)
     assert method.network == alone.network
+    assert (method.method.options["weighter_a"], alone.method.options["weighter"]) == ("diff", "diff")
+    assert done.verdict is not None
+    assert "class weights 'diff'" in done.verdict.notes[0] and "average of its 2 networks" in done.verdict.notes[0]
 
 
 def test_a_finished_run_is_left_as_it_is(finished: tuple[RunSettings, Finished], monkeypatch: pytest.MonkeyPatch):

@@ -36,6 +36,7 @@ from tailseg.evaluate.scores import Scores, joined, read_scores
 from tailseg.evaluate.verdict import Scored, Verdict, make_verdict
 from tailseg.files import write_json, write_text
 from tailseg.options import OptionError
+from tailseg.parts.class_weights import WeighterSpec
 from tailseg.recipe import Recipe, load_recipe
 from tailseg.train.metrics_log import read_metrics
 
@@ -314,11 +315,12 @@ class _Job:
     # ------------------------------------------------------------------------------------------------------ training
 
     def _sides(self, recipe: Recipe, split: Split, reference: bool) -> list[tuple[str, Recipe]]:
-        """(suffix of the folder, recipe): the method, and the reference on as many patches in as many steps."""
+        """(suffix of the folder, recipe): the method, and the reference on as many patches in as many steps. It weighs the
+        classes as the method's first network does, so that this is not taken for help by unlabelled scans."""
         tree = recipe.to_dict()
         sides = [("", load_recipe(tree, [f"data.split={split.name}"]))]
         if reference:
-            alone = {**tree, "method": {"name": REFERENCE}}
+            alone = {**tree, "method": {"name": REFERENCE, "weighter": _weighter(recipe)}}
             batch = f"data.batch=[{sum(recipe.data.batch)}, 0]"
             sides.append((REFERENCE_SUFFIX, load_recipe(alone, [f"data.split={split.name}", batch])))
         return sides
@@ -360,10 +362,29 @@ class _Job:
             return joined([read_scores(folder / f"{protocol}.csv") for folder in folders])
 
         verdict = make_verdict(
-            scores(""), scores(REFERENCE_SUFFIX), scored=scored, method=recipe.method.name, reference=REFERENCE
+            scores(""),
+            scores(REFERENCE_SUFFIX),
+            scored=scored,
+            method=recipe.method.name,
+            reference=REFERENCE,
+            notes=[self._what_differs(splits[0], recipe)],
         )
         write_json(self.out / VERDICT_FILE, verdict.to_dict())
         return verdict
+
+    def _what_differs(self, split: Split, recipe: Recipe) -> str:
+        """Besides the unlabelled scans."""
+        runs = [app.load_run(self.out / name, _checkpoint(self.out / name)) for name in (
+            split.name, f"{split.name}{REFERENCE_SUFFIX}"
+        )]  # fmt: skip
+        ours, one = (sum(weight.numel() for weight in run.method.parameters() if weight.requires_grad) for run in runs)
+        weighter = _weighter(recipe)
+        weights = weighter if isinstance(weighter, str) else weighter["name"]
+        average = f", the average of its {networks} networks included" if (networks := round(ours / one)) > 1 else ""
+        return (
+            f"The reference is one network on the labelled scans alone, with class weights '{weights}'. Whatever else "
+            f"{recipe.method.name} does counts as help here{average}."
+        )
 
     def _predict(self, splits: Sequence[Split]) -> Path | None:
         """Every unlabelled scan, by the networks of all folds together, cleaned up as validation told."""
@@ -435,6 +456,12 @@ def _steps_for(recipe: Recipe, splits: Sequence[Split], timed: Sequence[_Timed],
         f" fill the time, with about {predicting / 60:.0f} min kept for the predictions"
     )
     return {"overrides": overrides, "why": why, "steps": epochs * per_epoch}
+
+
+def _weighter(recipe: Recipe) -> WeighterSpec:
+    """How the method's only or first network weighs the classes, where that is an option."""
+    options = recipe.method.options
+    return options.get("weighter_a", options.get("weighter", "none"))
 
 
 def _checkpoint(run: Path) -> str:

@@ -7,7 +7,7 @@ adjustment for testing every class, and a 95 % interval of the difference that l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -110,8 +110,10 @@ def make_verdict(
     method: str,
     reference: str,
     metric: str = "dice",
+    notes: Sequence[str] = (),
 ) -> Verdict:
-    """Compare two sets of scores of the same cases. metric: one of the protocol's of which more, or less, is better.
+    """Compare two sets of scores of the same cases. metric: one of the protocol's of which more, or less, is better. notes:
+    what else has to be known of the two sides.
 
     Raises ScoreError where protocol, classes or cases differ, or where the metric has no better end.
     """
@@ -124,7 +126,7 @@ def make_verdict(
         _judged(one, told.rare, told.share, metric, unit, len(compared))
         for one, told in zip(compared, summary.classes, strict=True)
     )
-    notes = [_ON_VALIDATION] if scored == "val" else []
+    notes = [*notes, *([_ON_VALIDATION] if scored == "val" else [])]
     return Verdict(
         metric,
         with_unlabelled.protocol.name,
