@@ -6,7 +6,8 @@ run.json                        what was asked for, and what was decided on the 
 check.json                      what `tailseg check` found
 plan.yaml, plan_splits.json     the recipe, with its reasons
 <fold>/                         the run of the method (recipe.yaml, best.pt, metrics.jsonl, ...)
-<fold>_labelled_only/           the run of the reference: the same network, patches and steps, without unlabelled scans
+<fold>_labelled_only/           the run of the reference: one network, as many patches and steps, the method's class weights,
+                                no unlabelled scans
 <fold>*/predictions/<set>/      the scored cases: label files, <protocol>.csv and .json
 predictions/                    every unlabelled scan
 verdict.json, report.html       what came out
