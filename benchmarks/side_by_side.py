@@ -206,7 +206,7 @@ def main() -> None:
     try:
         sides = [tailseg_side(given.run, given.minutes, given.hidden)]
         if given.labelled_only:
-            told = "TailSeg's own reference, trained and stopped within the run above."
+            told = "TailSeg's own reference: one network, the method's class weights, no unlabelled scans."
             sides.append(Side("TailSeg, labelled-only", score(given.labelled_only, given.hidden), None, told))
         sides += [nnunet_side(work, given.hidden) for work in given.nnunet]
     except (ValueError, OSError) as error:
