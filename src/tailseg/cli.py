@@ -285,7 +285,9 @@ def predict(
 
 @cli.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="folder of a trained run, or of `tailseg run`: then the average of its folds")],
+    run: Annotated[
+        Path, typer.Argument(help="folder of a trained run, or of `tailseg run`: then the average of its folds")
+    ],
     format_: Annotated[str, typer.Option("--format", help="onnx, torch, safetensors or monai-bundle")],
     out: Annotated[Path | None, typer.Option(help="folder to write; default RUN/export/<format>")] = None,
     fold: Annotated[str | None, typer.Option(help="export this fold alone, e.g. fold0")] = None,
