@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tailseg import app, cli
+from tailseg import app, cli, exporting
+from tailseg.data.raw import DataError
 from tailseg.export import check, write
 from tailseg.export.safetensors import load_safetensors
 from tailseg.export.trained import ExportError
@@ -87,9 +88,9 @@ def test_without_the_data_the_check_runs_on_noise_and_says_so(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def gone(root: Path):
-        raise app.DataError("the disk is in another country")
+        raise DataError("the disk is in another country")
 
-    monkeypatch.setattr(app, "read_raw", gone)
+    monkeypatch.setattr(exporting, "read_raw", gone)
     done = app.export(run, "safetensors", tmp_path / "out")
     assert not done.checked.real and any("noise" in note for note in done.notes)
     card = (done.folder / "MODEL_CARD.md").read_text()
