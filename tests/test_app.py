@@ -18,6 +18,7 @@ from tailseg.methods.dinomix import DINOMix
 from tailseg.options import OptionError
 from tailseg.parts.slice_features import SliceFeatures
 from tailseg.recipe import Recipe, load_recipe
+from tailseg.runtime import Runtime, RuntimeOptions
 from tailseg.train.checkpoint import load_checkpoint
 from tailseg.train.fit import Trainer
 
@@ -131,7 +132,7 @@ def test_the_first_of_several_processes_asks_for_all(tmp_path: Path, monkeypatch
     monkeypatch.setattr(CompanionStore, "build", lambda self, cases, *rest: events.append(f"build {len(cases)}"))
     for rank, expected in ((0, ["build 4", "barrier"]), (1, ["barrier"])):
         events.clear()
-        runtime = app.Runtime(torch.device("cpu"), app.RuntimeOptions(), rank, 2)
+        runtime = Runtime(torch.device("cpu"), RuntimeOptions(), rank, 2)
         assert app._companions_once(recipe, runtime, method, training, split, app.silent) is not None
         assert events == expected
 

@@ -276,10 +276,12 @@ def predict(
         console.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
     if clean_up:
         cleaned = "; ".join(f"{name}: {' and '.join(each)}" for name, each in told.get("clean_up", {}).items())
-        console.print(f"clean-up: {escape(cleaned or 'none, nothing helped on the validation cases')}", highlight=False)
+        told_of = escape(cleaned or "none, nothing helped on the validation cases")
+        console.print(f"clean-up: {told_of}", highlight=False, soft_wrap=True)
     console.print(
         f"{len(written)} label files in {output}, the names of their labels in {output / 'labels.json'}, "
-        f"volumes in {output / 'volumes.csv'}"
+        f"volumes in {output / 'volumes.csv'}",
+        soft_wrap=True,
     )
 
 
