@@ -23,9 +23,9 @@ from tailseg.data.geometry import restore_labels
 from tailseg.data.image import Image, write_image
 from tailseg.data.phantom import make_case
 from tailseg.data.preparation import Preparation, prepare_case
-from tailseg.evaluate.sliding_window import _axis
+from tailseg.evaluate.sliding_window import _axis, sliding_window
 from tailseg.export import extras, monai_bundle
-from tailseg.export.network import Traced
+from tailseg.export.network import Traced, reverse_axes
 from tailseg.export.trained import ExportError, TrainedModel
 from tailseg.recipe import load_recipe
 
@@ -131,6 +131,29 @@ def test_windows_move_as_tailsegs_do(patch_size: tuple[int, ...], overlap: float
     made = monai_bundle._inferer(patch_size, overlap, "uniform", 1)
     strides = [int(side * (1 - each)) for side, each in zip(made["roi_size"], made["overlap"], strict=True)]
     assert strides == [_axis(500, side, overlap, "uniform").stride for side in patch_size[::-1]]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("weighting", ["uniform", "gaussian"])
+@pytest.mark.parametrize("patch_size", [(8, 12, 10), (12, 10)])
+def test_monais_windows_average_as_tailsegs_do(patch_size: tuple[int, ...], weighting: str, scripts: None, parser: Any):
+    """Probabilities that depend on the place in the window; with little overlap, so that only outer parts of windows meet."""
+    inferer = parser(
+        {"imports": ["$import scripts"], "inferer": monai_bundle._inferer(patch_size, 0.3, weighting, 3)}
+    ).get_parsed_content("inferer")
+    ramp = torch.rand(*patch_size, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, 17, 25, 21, generator=torch.Generator().manual_seed(1))
+
+    def predict(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x * ramp, 1 - x * ramp], 1)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return reverse_axes(predict(reverse_axes(x)))
+
+    slabs = sliding_window(predict, image, patch_size, overlap=0.3, weighting=weighting, batch_size=3, device="cpu")  # pyright: ignore[reportArgumentType]
+    ours = torch.cat([slab for _, slab in slabs], 1)
+    theirs = reverse_axes(inferer(reverse_axes(image[None]), turned))[0]
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
 
 def test_pictures_are_refused():

@@ -1,7 +1,7 @@
 """MONAI Bundle: a folder that `python -m monai.bundle run` segments scans with, without TailSeg.
 
 The network is a torch.export program whose axes are those of a NIfTI file, (W, H, D), as MONAI reads them. Preparation and
-restoring are MONAI's transforms; two small ones of our own (bundle_scripts/) do what MONAI's cannot be configured for.
+restoring are MONAI's transforms; a few small ones of our own (bundle_scripts/) do what MONAI's cannot be configured for.
 """
 
 from __future__ import annotations
@@ -122,11 +122,14 @@ def _intensity(preparation: Preparation) -> list[dict[str, Any]]:
 def _inferer(patch_size: Sequence[int], overlap: float, weighting: str, batch: int) -> dict[str, Any]:
     sides = list(patch_size)[::-1]
     overlaps = [_overlap(side, overlap) for side in sides]
-    mode = "gaussian" if weighting == "gaussian" else "constant"
-    settings = {"roi_size": sides, "sw_batch_size": batch, "mode": mode}
+    settings: dict[str, Any] = {"roi_size": sides, "sw_batch_size": batch}
+    settings["overlap"] = overlaps if len(sides) == 3 else [*overlaps, 0.0]
+    if weighting == "gaussian":  # MONAI's own weights are cut off below
+        name = "GaussianWindows" if len(sides) == 3 else "GaussianSlices"
+        return {"_target_": f"scripts.windows.{name}", **settings}
     if len(sides) == 2:
-        return {"_target_": "SliceInferer", "spatial_dim": 2, **settings, "overlap": [*overlaps, 0.0]}
-    return {"_target_": "SlidingWindowInferer", **settings, "overlap": overlaps}
+        return {"_target_": "SliceInferer", "spatial_dim": 2, **settings, "mode": "constant"}
+    return {"_target_": "SlidingWindowInferer", **settings, "mode": "constant"}
 
 
 def _overlap(side: int, overlap: float) -> float:

@@ -66,8 +66,8 @@ python -m monai.bundle run --config_file configs/inference.json --dataset_dir SC
 `SCANS` is a folder of NIfTI files, `<case>_0000.nii.gz`, `<case>_0001.nii.gz`, ... being the channels of one case; every case
 gets `LABELS/<case>.nii.gz` on its own grid. The network of the bundle takes its axes in the order of a NIfTI file, (W, H, D).
 
-Two steps of the preparation are small transforms in `scripts/`, because MONAI's cannot be configured for them: the crop, whose
-margin is in mm, and the resampling, which keeps the field of view (MONAI's `Spacing` moves the grid by part of a voxel). Where
-windows overlap under Gaussian weights, MONAI raises weights below 0.001 to that; TailSeg does not. Inverting holds the
-probabilities of all classes on the scan's own grid in memory at once, 4 bytes a voxel and class.
+What MONAI cannot be configured for is done by small classes in `scripts/`: the crop, whose margin is in mm; the resampling,
+which keeps the field of view (MONAI's `Spacing` moves the grid by part of a voxel); and Gaussian window weights, which MONAI
+raises to 0.001 where they are smaller. Inverting the preparation holds the probabilities of all classes on the scan's own grid
+in memory at once, 4 bytes a voxel and class.
 """

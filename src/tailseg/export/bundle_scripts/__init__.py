@@ -3,3 +3,4 @@
 from . import inference as inference
 from . import network as network
 from . import preparation as preparation
+from . import windows as windows
