@@ -154,15 +154,15 @@ def test_cards_and_options_are_read_without_torch():
 
 
 def test_a_method_of_ones_own_trains_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "my_lab.py").write_text(MY_METHOD)
+    (tmp_path / "method_by_its_path.py").write_text(MY_METHOD)
     monkeypatch.syspath_prepend(tmp_path)
     tree = tiny_recipe(make_tiny(tmp_path / "tiny"), epochs=1)
-    tree["method"] = {"name": "my_lab:MyMethod", "scale": 2}
+    tree["method"] = {"name": "method_by_its_path:MyMethod", "scale": 2}
     run = app.train(load_recipe(tree), tmp_path / "run")
     assert load_checkpoint(run / "last.pt")["step"] == 4
     with pytest.raises(OptionError, match=r"MyMethod has no option 'scael'\. Did you mean 'scale'\?"):
-        load_recipe({**tree, "method": {"name": "my_lab:MyMethod", "scael": 2}})
-    sys.modules.pop("my_lab")
+        load_recipe({**tree, "method": {"name": "method_by_its_path:MyMethod", "scael": 2}})
+    sys.modules.pop("method_by_its_path")
 
 
 @pytest.mark.parametrize(
