@@ -48,12 +48,13 @@ def test_reversed_axes_give_the_same_probabilities():
 
 # vnet in 3D: its two-slice convolution asks for the depth of its input, and must not fix it; the example has just that depth
 FAST = [("supervised", 2, "urpc_unet"), ("dhc", 3, "vnet")]
+SIZED = {"scdl"}  # its grid of tokens follows the size of the patch
 SLOW = [
     (name, dims, network)
     for name in METHODS
     for dims in (2, 3)
     for network in ("unet", "vnet", "urpc_unet")
-    if (name, dims, network) not in FAST
+    if (name, dims, network) not in FAST and name not in SIZED
 ]
 
 
@@ -89,3 +90,14 @@ def test_a_thin_axis_is_fixed_and_the_other_free():
     x = made.example(1, traced.other_size)
     with torch.inference_mode():
         torch.testing.assert_close(program_callable(traced.program)(x), made(x), atol=1e-6, rtol=0)
+
+
+def test_a_network_that_depends_on_the_patch_size_keeps_it():
+    method = example("scdl", 2, "vnet")
+    made = PredictionNetwork([method])
+    made.drop_unused()
+    traced = trace(made, (64, 64))
+    assert traced.free == (False, False) and traced.reason.startswith("Guard failed")
+    x = made.example(3, (64, 64))
+    with torch.inference_mode():
+        torch.testing.assert_close(program_callable(traced.program)(x), method.predict(x), atol=1e-6, rtol=0)

@@ -126,7 +126,9 @@ def trace(network: PredictionNetwork, patch_size: Sequence[int]) -> Traced:
             if each
         }
         try:
-            return Traced(_export(network, example, sizes), patch, divisor, free, reason)
+            traced = Traced(_export(network, example, sizes), patch, divisor, free, reason)
+            _try_sizes(network, traced)
+            return traced
         except Exception as error:  # noqa: BLE001  torch.export's refusals have no common class
             reason = _first_line(error)
     try:
@@ -134,6 +136,15 @@ def trace(network: PredictionNetwork, patch_size: Sequence[int]) -> Traced:
     except Exception as error:
         raise ExportError(f"torch.export cannot trace this network: {_first_line(error)}") from error
     return Traced(program, patch, divisor, (False,) * len(patch), reason)
+
+
+def _try_sizes(network: PredictionNetwork, traced: Traced) -> None:
+    """Run the program on patches of the usual and of another size. Raises where its guards refuse one: what depends on the size
+    of the example, as SCDL's grid of tokens does, is seen by torch only then."""
+    run = program_callable(traced.program)
+    for size in (traced.patch_size, traced.other_size):
+        with torch.inference_mode():
+            run(network.example(1, size))
 
 
 def _export(network: PredictionNetwork, example: Tensor, sizes: dict[int, Any]) -> ExportedProgram:
