@@ -128,8 +128,8 @@ the test scans at the last step, protocol native, in {len(seeds)} seeds. {how}
 {table}
 
 bf16 minus fp32: {gap:+.1f} in the mean; seed by seed {", ".join(f"{value:+.1f}" for value in same_seed)}.
-The standard deviation over seeds is {within:.1f} within a precision. The runs are far too short to be good; they ask whether precision moves the
-result more than a seed does.
+The standard deviation over seeds is {within:.1f} within a precision. The runs are far too
+short to be good; they ask whether precision moves the result more than a seed does.
 """
 
 
