@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tailseg.core import BuildNetwork, Init, Method, SegNet, Task
 
 Kind = Literal["methods", "networks"]
-_HELPERS = {"layers"}  # modules beside the networks that are none themselves
+_HELPERS = {"layers", "batch_norm"}  # modules beside the networks that are none themselves
 # keyword arguments of a network that are not the recipe's to choose
 _SET_BY_METHOD = ("init", "num_decoders", "pyramid")
 

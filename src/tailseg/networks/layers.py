@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tailseg.core import Init
+from tailseg.networks.batch_norm import BatchNorm2d, BatchNorm3d
 
 Norm = Literal["batch", "instance"]
 
@@ -59,7 +60,7 @@ class Layers:
 
     def _norm(self, channels: int) -> nn.Module:
         if self.norm == "batch":
-            return nn.BatchNorm3d(channels) if self.spatial_dims == 3 else nn.BatchNorm2d(channels)
+            return BatchNorm3d(channels) if self.spatial_dims == 3 else BatchNorm2d(channels)
         make = nn.InstanceNorm3d if self.spatial_dims == 3 else nn.InstanceNorm2d
         return make(channels, affine=self.affine)
 
