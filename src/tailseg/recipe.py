@@ -80,10 +80,7 @@ class DataOptions(BaseModel):
 
     @model_validator(mode="after")
     def _augment_fits(self) -> DataOptions:
-        if self.augment.rot90 and self.patch_size[-1] != self.patch_size[-2]:
-            raise ValueError(f"augment.rot90 needs square patches, patch_size is {list(self.patch_size)}")
-        if len(self.patch_size) == 2 and "d" in self.augment.flip:
-            raise ValueError("augment.flip 'd' needs 3D patches; patch_size has two sides")
+        self.augment.check(self.patch_size)
         return self
 
     @property
@@ -105,7 +102,8 @@ class Component(BaseModel):
 
 class EvaluateOptions(BaseModel):
     """protocols: named sets of rules for the scores. overlap: of neighbouring windows along each axis, a share of their side.
-    weighting: what a window's voxels count, all alike or most in its middle. batch: windows that are predicted at once.
+    weighting: what a window's voxels count, all alike or most in its middle. batch: windows that are predicted at once, null
+    chooses by their size.
     """
 
     model_config = _FROZEN
@@ -113,7 +111,7 @@ class EvaluateOptions(BaseModel):
     protocols: tuple[str, ...] = ("native",)
     overlap: float = Field(default=0.5, ge=0, lt=1)
     weighting: Literal["uniform", "gaussian"] = "uniform"
-    batch: int = Field(default=4, ge=1)
+    batch: int | None = Field(default=None, ge=1)
 
     @field_validator("protocols")
     @classmethod

@@ -12,8 +12,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-_FIELD_ORDER = 3  # of the bias field's polynomial, and below how large its coefficients are: TorchIO's defaults
-_FIELD_COEFFICIENT = 0.5
+from tailseg.parts.intensity import (
+    FIELD_TERMS,
+    bias_field_and_gamma,
+    change_some,
+    column,
+    gaussian_blur,
+    unit_range,
+)
+
+_FIELD_COEFFICIENT = 0.5  # TorchIO's default, as is the order of the bias field's polynomial
 _LOG_GAMMA = 0.5
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.5, 0.5, 0.25, 0.25
 _SIGMA = (0.1, 2.0)  # voxels
@@ -59,50 +67,41 @@ def strong_view(x: Tensor, *, intensity: float = 0.8, blur: float = 0.5) -> Tens
         return x
     dims = x.dim() - 2
     with torch.autocast(x.device.type, enabled=False):
-        each = tuple(range(1, x.dim()))
-        low, high = x.float().amin(each, keepdim=True), x.float().amax(each, keepdim=True)
-        scale = torch.where(high > low, high - low, 1.0)
-        view = (x.float() - low).div_(scale)
+        view, low, extent = unit_range(x, per_channel=False)
         view = _field_and_gamma(view, intensity) if dims == 3 else _jitter(view, intensity)
         sigma = _uniform(len(x), 3 if dims == 3 else 1, *_SIGMA).expand(-1, dims)
-        chosen = (torch.rand(len(x)) < blur).nonzero()[:, 0]  # on the CPU, so that nothing waits for the device
-        if len(chosen):
-            at = chosen.to(x.device, non_blocking=True)
-            view[at] = _blur(view[at], sigma[chosen].to(x.device, non_blocking=True))
-        return view.mul_(scale).add_(low)
+        view = change_some(view, _chosen(len(x), blur), gaussian_blur, sigma)
+        return view.mul_(extent).add_(low)
 
 
 def _uniform(rows: int, columns: int, low: float, high: float) -> Tensor:
     return low + (high - low) * torch.rand(rows, columns)
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """(B) on the CPU -> (B, 1, 1, ...) on the device of like."""
-    return values.to(like.device, non_blocking=True).reshape(-1, *(1 for _ in like.shape[1:]))
+def _chosen(count: int, probability: float) -> Tensor:
+    """Rows of a batch, on the CPU, so that nothing waits for the device to know how many they are."""
+    return (torch.rand(count) < probability).nonzero()[:, 0]
 
 
 def _field_and_gamma(x: Tensor, probability: float) -> Tensor:
     """x: (B, C, D, H, W) in [0, 1], changed in place."""
-    terms = _FIELD_ORDER + 1
-    chosen = (torch.rand(len(x), 1) < probability).float()  # the others get a flat field and gamma 1
-    coefficients = chosen * _uniform(len(x), terms**3, -_FIELD_COEFFICIENT, _FIELD_COEFFICIENT)
-    gamma = (chosen * _uniform(len(x), 1, -_LOG_GAMMA, _LOG_GAMMA)).exp()
-    order = torch.arange(terms)
-    total = order[:, None, None] + order[:, None] + order
-    field = (coefficients.view(-1, terms, terms, terms) * (total <= _FIELD_ORDER)).to(x.device, non_blocking=True)
-    exponents = torch.arange(terms, device=x.device)[:, None]
-    for side in x.shape[2:]:  # a sum of products of powers: one axis at a time, each moving to the end
-        at = torch.linspace(-1, 1, side, device=x.device)
-        field = torch.einsum("bi...,is->b...s", field, at**exponents)
-    return x.mul_(field.exp_().unsqueeze(1)).pow_(_column(gamma, x))
+    chosen = _chosen(len(x), probability)
+    coefficients = _uniform(len(x), FIELD_TERMS**3, -_FIELD_COEFFICIENT, _FIELD_COEFFICIENT)
+    gamma = _uniform(len(x), 1, -_LOG_GAMMA, _LOG_GAMMA)[:, 0].exp()
+    coefficients = coefficients.view(-1, FIELD_TERMS, FIELD_TERMS, FIELD_TERMS)
+    return change_some(x, chosen, bias_field_and_gamma, coefficients, gamma)
 
 
 def _jitter(x: Tensor, probability: float) -> Tensor:
     """x: (B, C, H, W) in [0, 1], changed in place; so is what comes out."""
-    chosen = (torch.rand(len(x), 1) < probability).float()  # the others get factors of 1 and no turn of the hue
+    chosen = _chosen(len(x), probability)
     strength = torch.tensor([_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE])
-    changes = chosen * strength * _uniform(len(x), 4, -1, 1)
-    brightness, contrast, saturation, hue = (_column(change, x) for change in changes.unbind(1))
+    return change_some(x, chosen, _change_colours, strength * _uniform(len(x), 4, -1, 1))
+
+
+def _change_colours(x: Tensor, changes: Tensor) -> Tensor:
+    """changes: (B, 4) of brightness, contrast, saturation and hue, on the CPU. x: (B, C, H, W) in [0, 1], changed in place."""
+    brightness, contrast, saturation, hue = (column(change, x) for change in changes.unbind(1))
     x = x.mul_(1 + brightness).clamp_(0, 1)
     mean = _grey(x).mean((1, 2, 3), keepdim=True)
     x = x.lerp_(mean, -contrast).clamp_(0, 1)
@@ -115,7 +114,7 @@ def _jitter(x: Tensor, probability: float) -> Tensor:
 def _grey(x: Tensor) -> Tensor:
     """(B, 1, H, W) luma of RGB, the mean of any other channels."""
     if x.shape[1] != 3:
-        return x.mean(1, keepdim=True)
+        return x if x.shape[1] == 1 else x.mean(1, keepdim=True)
     red, green, blue = x.split(1, 1)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
@@ -131,18 +130,3 @@ def _turn_hue(x: Tensor, turn: Tensor) -> Tensor:
     distance = (hue.unsqueeze(1) + offset) % 6
     share = torch.minimum(distance, 4 - distance).clamp_(0, 1)
     return value.unsqueeze(1) - chroma.unsqueeze(1) * share
-
-
-def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of x (B, C, *S) with sigma (B, dims) in voxels.
-
-    One matrix product per axis: faster than a grouped convolution, and the border costs nothing. Every product leaves the
-    axis it blurred in front, so that after all of them the channels are last and the axes are in order again.
-    """
-    shape = x.shape
-    for side, width in zip(reversed(shape[2:]), reversed(sigma.unbind(1)), strict=True):
-        at = torch.arange(side, device=x.device, dtype=x.dtype)
-        weights = torch.exp(-0.5 * ((at[:, None] - at) / width.view(-1, 1, 1)).square())
-        weights = weights / weights.sum(2, keepdim=True)  # (B, side, side): a constant stays one up to the border
-        x = torch.bmm(weights, x.reshape(shape[0], -1, side).transpose(1, 2))
-    return x.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
