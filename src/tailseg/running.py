@@ -46,7 +46,7 @@ REFERENCE = "supervised"
 REFERENCE_SUFFIX = "_labelled_only"
 TRIAL_STEPS = 6  # timed before the number of steps is settled; the first is left out
 TRAINING_SHARE = 0.92  # of the time that is left after timing and predicting
-VALIDATION_SHARE = 0.15  # of the time of a training
+VALIDATION_SHARE = 0.1  # of the time of a training
 PREDICTION_FACTOR = 2.5  # time of a scan's prediction on its own grid, to its validation on the prepared one
 REFERENCE_COST = 0.75  # of the method's training, until both are timed
 

@@ -74,7 +74,9 @@ def task(classes: tuple[str, ...] = SIDED) -> Task:
 
 def predictor(method: Method, patch_size: tuple[int, ...] = (4, 4, 4), **preparation: object) -> Predictor:
     recipe = Preparation.model_validate({"intensity": INTENSITY, **preparation})
-    return Predictor(method, recipe, patch_size, Runtime(torch.device("cpu"), RuntimeOptions()), overlap=0.0)
+    return Predictor(
+        method, recipe, patch_size, Runtime(torch.device("cpu"), RuntimeOptions(precision="fp32")), overlap=0.0
+    )
 
 
 def says(*probs: Sequence[float]) -> Predictor:

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tailseg.data.image import Image, ImageError, write_image
+from tailseg.data.image import Image, ImageError, read_image, write_image
+from tailseg.evaluate import scores as scores_module
 from tailseg.evaluate.metrics import IGNORE
 from tailseg.evaluate.protocols import PROTOCOLS
 from tailseg.evaluate.scores import (
@@ -89,6 +91,37 @@ def test_workers_change_nothing(folders: tuple[Path, Path]) -> None:
     one, three = (score_folder(*folders, [NATIVE], workers=workers)["native"] for workers in (1, 3))
     np.testing.assert_array_equal(one.values, three.values)
     assert one.cases == three.cases
+
+
+def test_no_more_cases_are_in_memory_than_there_are_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volumes = {f"case{index}": volume(index) for index in range(6)}
+    for name in ("pred", "ref"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, volumes)
+    held: list[weakref.ref[np.ndarray]] = []
+    most = 0
+
+    def read(path: Path) -> Image:
+        nonlocal most
+        image = read_image(path)
+        held.append(weakref.ref(image.array))
+        most = max(most, sum(each() is not None for each in held))
+        return image
+
+    monkeypatch.setattr(scores_module, "read_image", read)
+    score_folder(tmp_path / "pred", tmp_path / "ref", [NATIVE], workers=2)
+    assert len(held) == 12
+    assert 2 <= most <= 4  # prediction and reference of each worker
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_file_of_a_case_that_fails_is_named(folders, workers) -> None:
+    pred, ref = folders
+    (pred / "b.nii.gz").write_bytes((pred / "b.nii.gz").read_bytes()[:60])
+    done: list[str] = []
+    with pytest.raises(ImageError, match=r"pred.b\.nii\.gz"):
+        score_folder(pred, ref, [NATIVE], workers=workers, progress=done.append)
+    assert done == ["a"]
 
 
 def test_classes_are_matched_by_name_whatever_their_values(folders: tuple[Path, Path], tmp_path: Path) -> None:

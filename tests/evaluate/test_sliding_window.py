@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tailseg.evaluate.sliding_window import sliding_window
+from tailseg.evaluate.sliding_window import batch_for, sliding_window
 
 
 def random_image(*shape: int) -> torch.Tensor:
@@ -100,6 +100,35 @@ def test_slabs_cover_every_slice_once_in_order_and_are_thin(shape, patch, overla
         assert 1 <= slab.shape[1] <= stride
         next_slice += slab.shape[1]
     assert next_slice == shape[0]
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(1, [1] * 5), (2, [2, 2, 1]), (4, [3, 2]), (9, [5])])
+def test_the_last_batch_is_no_smaller_than_the_others_but_for_a_window(batch_size, expected):
+    sizes: list[int] = []
+
+    def predict(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        return pointwise(x)
+
+    for _ in sliding_window(predict, random_image(24, 8, 8), (8, 8, 8), batch_size=batch_size, device="cpu"):
+        pass
+    assert sizes == expected
+
+
+@pytest.mark.parametrize(
+    ("patch", "expected"), [((64, 128, 128), 2), ((32, 64, 64), 4), ((256, 256), 8), ((8, 8), 8192)]
+)
+def test_large_windows_are_predicted_two_at_a_time_and_small_ones_more(patch, expected):
+    assert batch_for(patch) == expected
+
+
+def test_slabs_are_thinner_where_planes_are_large(monkeypatch):
+    image = random_image(20, 24, 17)
+    expected = whole(sliding_window(placed, image, (8, 12, 8), device="cpu"))
+    monkeypatch.setattr("tailseg.evaluate.sliding_window.SLAB_VALUES", 3 * 3 * 24 * 17 + 1)
+    slabs = list(sliding_window(placed, image, (8, 12, 8), device="cpu"))
+    assert max(slab.shape[1] for _, slab in slabs) == 3
+    assert torch.equal(whole(slabs), expected)
 
 
 def test_windows_of_the_p23_protocol_start_at_0_16_and_0_32_and_0_32():

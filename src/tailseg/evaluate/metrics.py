@@ -14,19 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import product
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy.ndimage import find_objects, label
-from scipy.spatial import KDTree
+from scipy.ndimage import find_objects
+
+from tailseg.evaluate.surfaces import Spacing, areas_near, border_distances
 
 IGNORE = 255
 """The value of tailseg.core.IGNORE, repeated because importing that module means importing torch."""
 
 State = Literal["found", "missed", "invented", "absent"]
-Spacing = tuple[float, ...]
 Box = tuple[slice, ...]
 
 
@@ -72,8 +70,7 @@ class Comparison:
         """
         # not a cached_property: before Python 3.12 its lock lets one thread work at a time, whatever the comparison
         if self._distances is None:
-            pred, ref = _border(self.pred, self.unknown), _border(self.ref, self.unknown)
-            self._distances = _nearest(pred, ref, self.spacing), _nearest(ref, pred, self.spacing)
+            self._distances = border_distances(self.pred, self.ref, self.unknown, self.spacing)
         return self._distances
 
 
@@ -174,15 +171,8 @@ def nsd(c: Comparison, tolerance: float = 2.0) -> float:
     Values agree with DeepMind's surface-distance to about 0.002: elements that are not flat get a little less area.
     Source: Nikolov et al., Clinically applicable segmentation of head and neck anatomy, J. Med. Internet Res. 2021.
     """
-    sides = [_surface_elements(mask, c.unknown, c.spacing) for mask in (c.pred, c.ref)]
-    (pred, pred_areas), (ref, ref_areas) = sides
-    # sums of squares round: a distance of 2.0000000000000004 is one of 2
-    limit = tolerance * (1 + 1e-9)
-    near_ref, near_pred = _nearest(pred, ref, c.spacing) <= limit, _nearest(ref, pred, c.spacing) <= limit
-    if not (near_ref.size and near_pred.size):
-        return float("nan")
-    near_area = pred_areas[near_ref].sum() + ref_areas[near_pred].sum()
-    return float(near_area / (pred_areas.sum() + ref_areas.sum()))
+    areas = areas_near(c.pred, c.ref, c.unknown, c.spacing, tolerance)
+    return float("nan") if areas is None else areas[0] / areas[1]
 
 
 @dataclass(frozen=True)
@@ -246,103 +236,6 @@ def _joint(boxes: Sequence[Box]) -> Box:
         slice(max(0, min(side.start for side in sides) - 1), max(side.stop for side in sides) + 1)
         for sides in zip(*boxes, strict=True)
     )
-
-
-def _border(mask: np.ndarray, unknown: np.ndarray | None) -> np.ndarray:
-    """The voxels of mask with a face neighbour that is neither in mask nor unknown; the outside is neither."""
-    solid = mask if unknown is None else mask | unknown
-    inner = solid.copy()
-    for axis in range(mask.ndim):
-        now, before = np.moveaxis(inner, axis, 0), np.moveaxis(solid, axis, 0)
-        now[1:] &= before[:-1]
-        now[:-1] &= before[1:]
-        now[:1] = now[-1:] = False
-    return mask & ~inner
-
-
-def _surface_elements(mask: np.ndarray, unknown: np.ndarray | None, spacing: Spacing) -> tuple[np.ndarray, np.ndarray]:
-    """The cells between voxels that the surface runs through, bool, one longer on each axis; and their areas (N,)."""
-    codes = _corner_codes(mask)
-    cells = (codes != 0) & (codes != 2 ** (2**mask.ndim) - 1)
-    if unknown is not None:
-        cells &= _corner_codes(unknown) == 0
-    return cells, _element_areas(spacing)[codes[cells]]
-
-
-def _corner_codes(mask: np.ndarray) -> np.ndarray:
-    """One bit for each voxel around every corner of the grid, uint8, one longer on each axis; the outside is 0."""
-    padded = np.pad(mask, 1).view(np.uint8)
-    codes = np.zeros([side + 1 for side in mask.shape], np.uint8)
-    for bit, offset in enumerate(product((0, 1), repeat=mask.ndim)):
-        codes |= padded[tuple(slice(o, o + n) for o, n in zip(offset, codes.shape, strict=True))] << np.uint8(bit)
-    return codes
-
-
-@cache
-def _element_areas(spacing: Spacing) -> np.ndarray:
-    """Area of the surface within a cell for each code of its corners; length in 2D.
-
-    The surface cuts edges at their midpoints. By the divergence theorem the vector area of a piece of it along an axis
-    is the difference in covered area between the two faces of the cell across that axis. Corners that touch only along
-    a diagonal bound separate pieces.
-    """
-    dims = len(spacing)
-    face_areas = [float(np.prod(spacing)) / side for side in spacing]
-    areas = np.zeros(2 ** (2**dims))
-    for code in range(areas.size):
-        corners = np.array([code >> bit & 1 for bit in range(2**dims)], bool).reshape((2,) * dims)
-        pieces = np.empty(corners.shape, np.int32)
-        label(corners, output=pieces)
-        for piece in range(1, pieces.max() + 1):
-            covered = [[_covered(face) for face in np.moveaxis(pieces == piece, axis, 0)] for axis in range(dims)]
-            areas[code] += np.hypot.reduce([(a - b) * face for (a, b), face in zip(covered, face_areas, strict=True)])
-    return areas
-
-
-def _covered(face: np.ndarray) -> float:
-    """The share of a face (an edge in 2D) on the inner side of a surface that cuts edges at their midpoints."""
-    inside = int(face.sum())
-    if face.ndim == 1:
-        return inside / 2
-    diagonal = inside == 2 and face[0, 0] == face[1, 1]
-    return 1 / 4 if diagonal else (0, 1 / 8, 1 / 2, 7 / 8, 1)[inside]
-
-
-_REACH = 3  # voxels in each direction that are looked up before a tree is asked
-
-
-@cache
-def _short_steps(spacing: Spacing) -> tuple[np.ndarray, np.ndarray]:
-    """The shortest steps on the grid (N, dims), shortest first, and their lengths (N,); no shorter one is missing."""
-    steps = np.array(list(product(range(-_REACH, _REACH + 1), repeat=len(spacing))))
-    lengths = np.sqrt(np.square(steps * spacing).sum(axis=1))
-    # 64: beyond, looking up the few voxels that are left costs more than a tree
-    order = np.argsort(lengths, kind="stable")[:64]
-    order = order[lengths[order] < (_REACH + 1) * min(spacing)]
-    return steps[order], lengths[order]
-
-
-def _nearest(points: np.ndarray, surface: np.ndarray, spacing: Spacing) -> np.ndarray:
-    """Distance from each point to the nearest surface voxel, (N,) in C order; of two bool volumes. Empty if either is.
-
-    Most surfaces of a fair prediction lie within a few voxels of each other: nearby voxels are looked up in the order
-    of their distance, and only what is further away asks a tree.
-    """
-    padded = np.pad(surface, _REACH)
-    at = np.flatnonzero(np.pad(points, _REACH))
-    if not at.size or not surface.any():
-        return np.empty(0)
-    distances, left, found = np.empty(at.size), np.arange(at.size), padded.ravel()
-    for step, length in zip(*_short_steps(spacing), strict=True):
-        hit = found[at + np.dot(step, padded.strides)]
-        distances[left[hit]] = length
-        at, left = at[~hit], left[~hit]
-        if not left.size:
-            return distances
-    # points of a grid are spread evenly: balancing the tree costs more than it saves
-    tree = KDTree(np.argwhere(padded) * spacing, leafsize=32, compact_nodes=False, balanced_tree=False)
-    distances[left] = tree.query(np.stack(np.unravel_index(at, padded.shape), axis=1) * spacing)[0]
-    return distances
 
 
 def _ratio(part: int, whole: int) -> float:

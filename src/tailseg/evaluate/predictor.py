@@ -23,7 +23,7 @@ from tailseg.data.geometry import Geometry, native_planes, restore_labels, resto
 from tailseg.data.image import Image
 from tailseg.data.prepare import Preparation, prepare_case
 from tailseg.evaluate.mirror import PLAIN, Mirror, View
-from tailseg.evaluate.sliding_window import sliding_window
+from tailseg.evaluate.sliding_window import batch_for, sliding_window
 from tailseg.evaluate.uncertainty import entropy, to_bytes
 from tailseg.files import WriteError
 from tailseg.runtime import Runtime
@@ -35,7 +35,7 @@ Slabs = Iterator[tuple[int, Tensor]]
 class Predictor:
     """A trained method with everything a new scan must go through before and after it.
 
-    overlap, weighting, batch_size: of the sliding windows.
+    overlap, weighting, batch_size: of the sliding windows, see sliding_window.
     """
 
     method: Method
@@ -44,7 +44,7 @@ class Predictor:
     runtime: Runtime
     overlap: float = 0.5
     weighting: Literal["uniform", "gaussian"] = "uniform"
-    batch_size: int = 4
+    batch_size: int | None = None
 
     def labels(self, image: Image) -> np.ndarray:
         """(D, H, W) uint8 class indices on the scan's own grid. image: (C, D, H, W).
@@ -177,7 +177,7 @@ class _Pass:
             first.patch_size,
             overlap=first.overlap,
             weighting=first.weighting,
-            batch_size=min(predictor.batch_size for predictor in self.predictors),
+            batch_size=min(predictor.batch_size or batch_for(predictor.patch_size) for predictor in self.predictors),
             device=first.runtime.device,
         )
         return self._with_disagreement(slabs) if self.uncertainty else slabs

@@ -369,16 +369,21 @@ def _to_classes(path: Path, array: np.ndarray, values: Sequence[int], ignore_val
             raise ScoreError(f"{path} holds fractions or NaN; a label file holds whole numbers.")
         array = whole
     known = [*values, *ignore_values]
+    inside = array.min() >= 0 and array.max() <= max(known)
+    if inside and known == list(range(len(known))) and not ignore_values:
+        return array.astype(np.uint8, copy=False)
     table = np.zeros(max(known) + 1, np.uint8)
     table[list(ignore_values)] = IGNORE
     table[list(values)] = np.arange(len(values))
-    named = np.zeros(table.size, bool)
-    named[known] = True
-    inside = array.min() >= 0 and array.max() < table.size
-    if not (inside and named[array].all()):
+    classes = np.empty(array.shape, np.uint8)
+    # plane by plane, because numpy makes eight bytes of every label that it looks up
+    for plane, found in zip(array, classes, strict=True) if inside else ():
+        found[:] = table[plane]
+        inside = inside and np.array_equal(found == 0, plane == values[0])  # what has no name became background
+    if not inside:
         unknown = sorted(set(np.unique(array).tolist()) - set(known))
         raise ScoreError(f"{path} holds the values {_some(unknown)}, which name no class; correct its {LABELS_FILE}.")
-    return table[array]
+    return classes
 
 
 def _some(names: Sequence[object]) -> str:

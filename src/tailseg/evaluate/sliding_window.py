@@ -17,6 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BATCH_VOXELS = 2**19
+"""Of the windows of a batch, where nobody said how many they are: more at a time are no faster, and take more memory."""
+SLAB_VALUES = 2**24
+"""Probabilities of a slab (64 MiB)."""
+
 Predict = Callable[[Tensor], Tensor]
 Window = tuple[tuple[int, ...], Tensor]  # where its patch starts (z, y, x); probs (K, *patch)
 
@@ -28,7 +33,7 @@ def sliding_window(
     *,
     overlap: float = 0.5,
     weighting: Literal["uniform", "gaussian"] = "uniform",
-    batch_size: int = 4,
+    batch_size: int | None = None,
     device: torch.device | str,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (first slice, probs (K, d, H, W) float32 on device): slabs in depth order that together cover the image.
@@ -37,6 +42,7 @@ def sliding_window(
     windows in every slice. predict: (B, C, *patch) float32 on device -> probs (B, K, *patch); called without gradients.
     The slabs have the memory layout of predict's probs.
     overlap: share of a patch that the next one covers again, in [0, 1). Windows start at min(i * stride, size - patch).
+    batch_size: B at most, None is batch_for(patch_size); batches are of one size but for a window.
     weighting: gaussian trusts a window's centre more (sigma = patch / 8); its weights never reach 0.
     An image smaller than the patch is padded with zeros on both sides, and its probabilities are cropped back.
     """
@@ -48,6 +54,7 @@ def sliding_window(
         raise ValueError(f"overlap is {overlap}; it is the share of a patch seen twice, at least 0 and below 1.")
     if weighting not in ("uniform", "gaussian"):
         raise ValueError(f"weighting is {weighting!r}; use uniform or gaussian.")
+    batch_size = batch_for(patch_size) if batch_size is None else batch_size
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; at least one window has to be predicted at a time.")
     patch = (1, *patch_size)[-3:]  # a 2D patch is one slice deep
@@ -55,6 +62,12 @@ def sliding_window(
     device = torch.device(device)
     windows = _predicted_windows(predict, image, axes, batch_size, device, planar=len(patch_size) == 2)
     return _stitched_slabs(windows, axes, device)
+
+
+def batch_for(patch_size: tuple[int, ...]) -> int:
+    """Windows to predict at once; two or more, because torch convolves one small 3D patch on a CPU without oneDNN, three times
+    as slowly as each of two."""
+    return max(2, BATCH_VOXELS // math.prod(patch_size))
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,8 @@ def _predicted_windows(
     pad = [side for axis in reversed(axes) for side in axis.pad]
     padded = F.pad(image, pad) if any(pad) else image
     places = itertools.product(*(axis.starts for axis in axes))
-    while batch := list(itertools.islice(places, batch_size)):
+    for size in _batch_sizes(math.prod(len(axis.starts) for axis in axes), batch_size):
+        batch = list(itertools.islice(places, size))
         crops = [padded[:, *(slice(s, s + axis.patch) for s, axis in zip(place, axes, strict=True))] for place in batch]
         x = torch.stack(crops).to(device, torch.float32)  # (B, C, *patch)
         # around the call alone: a generator that yields inside inference_mode leaves its caller in it
@@ -101,6 +115,12 @@ def _predicted_windows(
         if probs.ndim != 5 or (len(probs), *probs.shape[2:]) != (len(x), *x.shape[2:]):
             raise ValueError(f"predict made {tuple(probs.shape)} of {tuple(x.shape)}; it must make (B, K, *patch).")
         yield from zip(batch, probs, strict=True)
+
+
+def _batch_sizes(windows: int, most: int) -> list[int]:
+    """As few batches as can be, none more than a window larger than another: 5 windows, 4 at most, are 3 and 2."""
+    batches = -(-windows // most)
+    return [windows // batches + (index < windows % batches) for index in range(batches)]
 
 
 def _stitched_slabs(windows: Iterator[Window], axes: list[_Axis], device: torch.device) -> Iterator[tuple[int, Tensor]]:
@@ -143,9 +163,10 @@ class _Sums:
 
     def finish(self, stop: int) -> Iterator[tuple[int, Tensor]]:
         """Hand out the slices above stop, at most a stride of them at a time, and make stop the top."""
-        inside = self.depth.inside
-        for first in range(max(self.top, inside.start), min(stop, inside.stop), self.depth.stride):
-            last = min(first + self.depth.stride, stop, inside.stop)
+        inside, plane = self.depth.inside, len(self.sums) * self.total.numel()
+        thick = min(self.depth.stride, max(1, SLAB_VALUES // plane))
+        for first in range(max(self.top, inside.start), min(stop, inside.stop), thick):
+            last = min(first + thick, stop, inside.stop)
             slab = self.sums[:, first - self.top : last - self.top, self.rows.inside, self.columns.inside]
             total = self.depth.total[first:last].to(slab.device).view(-1, 1, 1) * self.total
             yield first - inside.start, slab / total

@@ -20,6 +20,7 @@ import torch
 from tailseg.data.intensity import MinMax, Percentiles, Window, ZScore
 from tailseg.data.pictures import PICTURE_ENDINGS
 from tailseg.data.preparation import Preparation
+from tailseg.evaluate.sliding_window import batch_for
 from tailseg.export import extras
 from tailseg.export.network import Traced
 from tailseg.export.preparation import stride
@@ -51,6 +52,8 @@ def write(folder: Path, model: TrainedModel, traced: Traced) -> None:
 
 def inference_config(model: TrainedModel) -> dict[str, Any]:
     recipe, channels = model.recipe, model.task.in_channels
+    patch_size, evaluate = recipe.data.patch_size, recipe.evaluate
+    windows = evaluate.batch or batch_for(patch_size)
     return {
         "imports": ["$import torch", "$import scripts"],
         "bundle_root": ".",
@@ -69,7 +72,7 @@ def inference_config(model: TrainedModel) -> dict[str, Any]:
             "data": f"$scripts.inference.find_scans(@dataset_dir, {channels})",
             "transform": "@preprocessing",
         },
-        "inferer": _inferer(recipe.data.patch_size, recipe.evaluate.overlap, recipe.evaluate.weighting, recipe.evaluate.batch),
+        "inferer": _inferer(patch_size, evaluate.overlap, evaluate.weighting, windows),
         "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(model.label_values)},
         "evaluator": {
             "_target_": "scripts.inference.Inference",
