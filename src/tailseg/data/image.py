@@ -9,10 +9,11 @@ them: (i, j, k, 1) -> right, anterior, superior in mm.
 from __future__ import annotations
 
 import contextlib
-import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ IMAGE_ENDINGS = NIFTI_ENDINGS + ITK_ENDINGS + PICTURE_ENDINGS
 VOLUME_ENDINGS = (*NIFTI_ENDINGS, ".nrrd", ".mha")  # .mhd is two files, which cannot be replaced in one go
 WRITABLE_ENDINGS = (*VOLUME_ENDINGS, ".png")
 _WRITABLE_TYPES = ("uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")  # every format has these
+_GZIP = 16 + zlib.MAX_WBITS
+"""zlib's word for data with gzip's header and checksum."""
+_PIECE = 2**17
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 Shape = tuple[int, int, int]
@@ -221,19 +225,51 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    if path.name.endswith(".gz"):
-        # to the end of the file: only there stands the checksum, which nibabel never reads
-        data = gzip.decompress(path.read_bytes())
-        nifti: Any = _nifti_kind(data).from_bytes(data)
-    else:
-        nifti = nib.load(path)  # pyright: ignore[reportPrivateImportUsage]
-    return np.asanyarray(nifti.dataobj), np.asarray(nifti.affine, dtype=np.float64)
+    if not path.name.endswith(".gz"):
+        nifti: Any = nib.load(path)  # pyright: ignore[reportPrivateImportUsage]
+        return np.asanyarray(nifti.dataobj), np.asarray(nifti.affine, dtype=np.float64)
+    data = _inflate(path)
+    nifti = _nifti_kind(data).from_stream(data)
+    return _voxels(nifti.dataobj, data), np.asarray(nifti.affine, dtype=np.float64)
 
 
-def _nifti_kind(data: bytes) -> Any:
+def _inflate(path: Path) -> io.BytesIO:
+    """What a gzip file holds, to its very end: only there stands the checksum, which nibabel never reads.
+
+    Piece by piece, since gzip.decompress holds the file and twice its content at once, and takes longer for it.
+    """
+    data, member = io.BytesIO(), None
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            while True:
+                if member is None:  # the next of several members; zeros may pad the file
+                    if not (piece := piece.lstrip(b"\0")):
+                        break
+                    member = zlib.decompressobj(_GZIP)
+                data.write(member.decompress(piece))
+                if not member.eof:
+                    break
+                piece, member = member.unused_data, None
+    if member is not None:
+        raise EOFError("its compressed data ends in the middle")
+    return data
+
+
+def _voxels(proxy: Any, data: io.BytesIO) -> np.ndarray:
+    """nibabel's array (i, j, k, ...) of the file in data; where voxels are stored as they are, in the memory of data itself."""
+    end = proxy.offset + prod(proxy.shape) * proxy.dtype.itemsize
+    if (proxy.slope, proxy.inter) != (1, 0) or end > data.getbuffer().nbytes:
+        return np.asanyarray(proxy)  # scales, or says how much is missing
+    array = np.ndarray(proxy.shape, proxy.dtype, data.getbuffer(), proxy.offset, order="F")
+    return array if array.flags.aligned else array.copy(order="F")
+
+
+def _nifti_kind(data: io.BytesIO) -> Any:
     """NIfTI-1 or -2: the header begins with its own size, in either byte order."""
+    first = bytes(data.getbuffer()[:4])
     for size, kind in ((348, nib.Nifti1Image), (540, nib.Nifti2Image)):  # pyright: ignore[reportPrivateImportUsage]
-        if len(data) >= size and size in (int.from_bytes(data[:4], "little"), int.from_bytes(data[:4], "big")):
+        whole = data.getbuffer().nbytes >= size
+        if whole and size in (int.from_bytes(first, "little"), int.from_bytes(first, "big")):
             return kind
     raise ValueError("it does not begin with a NIfTI header")
 
