@@ -132,7 +132,7 @@ def test_the_first_of_several_processes_asks_for_all(tmp_path: Path, monkeypatch
     monkeypatch.setattr(CompanionStore, "build", lambda self, cases, *rest: events.append(f"build {len(cases)}"))
     for rank, expected in ((0, ["build 4", "barrier"]), (1, ["barrier"])):
         events.clear()
-        runtime = Runtime(torch.device("cpu"), RuntimeOptions(), rank, 2)
+        runtime = Runtime(torch.device("cpu"), RuntimeOptions(precision="fp32"), rank, 2)
         assert app._companions_once(recipe, runtime, method, training, split, app.silent) is not None
         assert events == expected
 

@@ -48,7 +48,7 @@ def make_tiny(root: Path, *, unlabelled: int = 2, channels: int = 1) -> Path:
 
 
 def tiny_recipe(root: Path, method: str = "dhc", *, spatial_dims: int = 3, **train: Any) -> dict[str, Any]:
-    """Four steps an epoch, one thread, so that runs can be compared bit for bit."""
+    """Four steps an epoch, one thread, fp32 on every machine, so that runs can be compared bit for bit."""
     return {
         "data": {
             "root": str(root),
@@ -66,6 +66,7 @@ def tiny_recipe(root: Path, method: str = "dhc", *, spatial_dims: int = 3, **tra
             "steps_per_epoch": 4,
             "threads": 1,
             "device": "cpu",
+            "precision": "fp32",
             "checkpoint_every": 1,
             "validate_every": 2,
             **train,

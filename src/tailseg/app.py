@@ -140,6 +140,7 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, report: Report 
             rank=runtime.rank,
             ranks=runtime.ranks,
             companion=companions.cut if companions else None,
+            send=runtime.sender(task.spatial_dims),
         )
         stack.callback(stream.close)
         watch = stack.enter_context(
@@ -199,8 +200,8 @@ def _companions_once(
         return None
     if recipe.data.augment.turns:
         raise OptionError(
-            "data.augment.rotate and data.augment.rot90 turn the patches, but not what was cached of whole scans; leave them"
-            " at 0 and false, or let the teacher see the patches themselves (method.features=live)."
+            "data.augment.rotate, rot90 and scale move the voxels of a patch, but not what was cached of whole scans; leave"
+            " them out, or let the teacher see the patches themselves (method.features=live)."
         )
     companions = CompanionStore(store, companion)
     cases = (*split.labelled, *(split.unlabelled if recipe.data.batch[1] else ()))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from threading import current_thread
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tailseg.core import IGNORE
+from tailseg.core import IGNORE, Batch
 from tailseg.data.stream import PatchRequest, PatchSampler, PatchStream, cut
 
 SHAPE = (6, 10, 12)
@@ -179,3 +181,21 @@ def test_cut_pads_only_outside():
     volume = np.arange(8).reshape(2, 2, 2)
     patch = cut(volume, PatchRequest("a", (-1, 0, 1)), (2, 2, 2), fill=-5)
     assert patch.tolist() == [[[-5, -5], [-5, -5]], [[1, -5], [3, -5]]]
+
+
+def test_a_batch_is_sent_by_the_thread_that_cut_it_and_received_by_the_one_that_asks():
+    threads: list[tuple[str, str]] = []
+
+    def send(batch: Batch) -> Callable[[], Batch]:
+        cut_by = current_thread().name
+
+        def receive() -> Batch:
+            threads.append((cut_by, current_thread().name))
+            return replace(batch, x_l=batch.x_l + 1000)
+
+        return receive
+
+    sent, plain = next(PatchStream(sampler(), send=send)).batch, next(PatchStream(sampler())).batch
+    assert torch.equal(sent.x_l, plain.x_l + 1000)
+    ((cut_by, received_by),) = threads
+    assert cut_by.startswith("patches") and received_by == current_thread().name

@@ -136,7 +136,7 @@ def test_validation_leaves_out_what_was_not_looked_for(root: Path, tmp_path: Pat
         def predict(self, x: Tensor) -> Tensor:
             return torch.eye(3)[1].reshape(1, 3, 1, 1, 1).expand(len(x), -1, *x.shape[2:])
 
-    runtime = Runtime(torch.device("cpu"), RuntimeOptions())
+    runtime = Runtime(torch.device("cpu"), RuntimeOptions(precision="fp32"))
     partial = Validator(training, ["v1"], (16, 16, 16), runtime)(Box(task))
     assert partial[0].isnan() and partial[1] == 0
     whole, both = (Validator(training, cases, (16, 16, 16), runtime)(Box(task)) for cases in (["v2"], ["v1", "v2"]))

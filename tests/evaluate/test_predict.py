@@ -44,7 +44,7 @@ class Threshold(Method):
 def predictor(patch_size: tuple[int, ...], **preparation: object) -> Predictor:
     intensity = {"name": "window", "low": 0, "high": 100, "rescale": "window"}
     recipe = Preparation.model_validate({"intensity": intensity, **preparation})
-    runtime = Runtime(torch.device("cpu"), RuntimeOptions())
+    runtime = Runtime(torch.device("cpu"), RuntimeOptions(precision="fp32"))
     return Predictor(Threshold(example_task(2)), recipe, patch_size, runtime)
 
 

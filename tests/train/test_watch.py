@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from tailseg.core import Progress, StepOutput, Task
+from tailseg.train.host_copy import HostCopy
 from tailseg.train.metrics_log import read_metrics
 from tailseg.train.watch import Watch
 
@@ -89,6 +90,28 @@ def test_every_line_is_readable_at_once(tmp_path):
 def test_a_log_that_is_neither_scalar_nor_per_class_is_refused(tmp_path):
     with make_watch(tmp_path) as watch, pytest.raises(ValueError, match=r"log 'queue' has shape \(7,\)"):
         run(watch, 0, 1, logs={"queue": torch.zeros(7)})
+
+
+@pytest.mark.parametrize("next_", ["step", "validation", "checkpoint", "end"])
+def test_a_line_whose_numbers_are_still_on_the_device_is_written_with_what_comes_next(
+    tmp_path, monkeypatch, next_: str
+):
+    monkeypatch.setattr(HostCopy, "here", property(lambda copy: False))
+    with make_watch(tmp_path) as watch:
+        run(watch, 0, 5)
+        assert kinds(tmp_path, "train") == []
+        if next_ == "step":
+            run(watch, 5, 6, predicted=(0, 0, 0, 65))
+        elif next_ == "validation":
+            watch.validation(Progress(5, TOTAL, 5), [0.5, 0.5, 0.5], is_best=True)
+        elif next_ == "checkpoint":
+            watch.state_dict()
+        else:
+            watch.close()
+        (line,) = kinds(tmp_path, "train")
+    assert (line["step"], line["losses"]["sup"]) == (5, 3.0)
+    assert line["predicted"]["background"] == pytest.approx(50 / 65)
+    assert kinds(tmp_path, "train") == [line]
 
 
 def test_between_two_lines_no_step_reads_the_device(tmp_path):

@@ -169,7 +169,8 @@ class PatchStream:
     """Endless batches of this rank's share of the global batch, cut ahead of time by threads.
 
     What was drawn but not handed out is part of state_dict(), so a resumed run sees the very patches of the unbroken one,
-    however the odds of the classes moved in between. companion: cuts Batch.features of a patch with these sides.
+    however the odds of the classes moved in between. companion: cuts Batch.features of a patch with these sides. send: starts
+    a batch on its way to the device, in the thread that cut it; what it returns is called where the batch is handed out.
     """
 
     AHEAD = 3  # batches drawn before they are asked for; part of the run's arithmetic when class odds change, so fixed
@@ -182,6 +183,7 @@ class PatchStream:
         rank: int = 0,
         ranks: int = 1,
         companion: Callable[[PatchRequest, Shape], Tensor] | None = None,
+        send: Callable[[Batch], Callable[[], Batch]] = lambda batch: lambda: batch,
     ) -> None:
         for name, count in zip(("labelled", "unlabelled"), sampler.batch, strict=True):
             if count % ranks:
@@ -189,8 +191,9 @@ class PatchStream:
                     f"data.batch holds {count} {name} patches, which {ranks} processes cannot share evenly."
                 )
         self.sampler, self.rank, self.ranks, self.companion = sampler, rank, ranks, companion
+        self.send = send
         self.pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="patches")
-        self.queue: deque[tuple[PatchBatchRequest, Future[Batch]]] = deque()
+        self.queue: deque[tuple[PatchBatchRequest, Future[Callable[[], Batch]]]] = deque()
 
     def __iter__(self) -> PatchStream:
         return self
@@ -199,11 +202,11 @@ class PatchStream:
         while len(self.queue) < self.AHEAD:
             self._submit(self.sampler.draw())
         request, future = self.queue.popleft()
-        return DrawnBatch(future.result(), request)
+        return DrawnBatch(future.result()(), request)
 
     def _submit(self, request: PatchBatchRequest) -> None:
         mine = PatchBatchRequest(*(part[self.rank :: self.ranks] for part in request))
-        self.queue.append((request, self.pool.submit(self._cut_batch, mine)))
+        self.queue.append((request, self.pool.submit(lambda: self.send(self._cut_batch(mine)))))
 
     def _cut_batch(self, request: PatchBatchRequest) -> Batch:
         source, extent = self.sampler.source, self.sampler.extent

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
@@ -25,6 +25,7 @@ from tailseg.train.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
+from tailseg.train.host_copy import HostCopy
 from tailseg.train.watch import Watch
 
 
@@ -57,6 +58,10 @@ class TrainOptions(RuntimeOptions):
     alarm_after: int = Field(default=200, ge=1)
 
 
+FUSED = ("cpu", "cuda")
+"""Devices whose optimisers run in one kernel for all parameters. Apple's has kernels too, which nobody has tried here."""
+
+
 class NonFiniteLoss(RuntimeError):
     """A loss became NaN or infinite; the text names the step, the losses, the cases and where the batch lies."""
 
@@ -76,14 +81,41 @@ class Best:
 
 
 def make_optimizer(method: Method, options: TrainOptions) -> torch.optim.Optimizer:
+    """In one kernel for all parameters where torch has a trusted one; the same arithmetic otherwise."""
     groups = []
     for group in method.param_groups():
         scale = group.pop("lr_scale", 1.0)
         groups.append({"weight_decay": options.weight_decay, **group, "lr": options.lr * scale, "lr_scale": scale})
+    # null is torch's own choice: a kernel for many parameters at once on other GPUs
+    fused = True if all(p.device.type in FUSED for group in groups for p in group["params"]) else None
     if options.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0)
+        optimizer = torch.optim.SGD(
+            groups, lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0, fused=fused
+        )
+        _start_momentum(optimizer)
+        return optimizer
     make = torch.optim.Adam if options.optimizer == "adam" else torch.optim.AdamW
-    return make(groups, lr=options.lr)
+    return make(groups, lr=options.lr, fused=fused)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Take over the state that an optimiser of the same parameters had, whichever kernels and device it used."""
+    groups = [{**group, "fused": optimizer.defaults["fused"]} for group in state["param_groups"]]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    if isinstance(optimizer, torch.optim.SGD):
+        _start_momentum(optimizer)
+
+
+def _start_momentum(optimizer: torch.optim.SGD) -> None:
+    """Zeros where there is no momentum yet, from which the first gradient becomes the first momentum just as without them.
+
+    The fused kernel wants all parameters of a step to have theirs or none, while some methods train a part only later.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
 def learning_rate(options: TrainOptions, progress: Progress) -> float:
@@ -91,6 +123,16 @@ def learning_rate(options: TrainOptions, progress: Progress) -> float:
     if options.schedule == "poly":
         return options.lr * (1 - t) ** options.schedule_power
     return options.lr * (0.5 * (1 + math.cos(math.pi * t)) if options.schedule == "cosine" else 1.0)
+
+
+class _Pending(NamedTuple):
+    """A batch whose losses nobody has looked at yet."""
+
+    step: int
+    batch: Batch
+    request: PatchBatchRequest
+    names: tuple[str, ...]
+    losses: HostCopy  # of one number a name
 
 
 class Trainer:
@@ -124,7 +166,7 @@ class Trainer:
         self.step = 0
         self.best = Best()
         self.stopped = False
-        self.pending: tuple[int, Batch, PatchBatchRequest, Mapping[str, Tensor]] | None = None
+        self.pending: _Pending | None = None
         runtime.place(method)
         self.door = runtime.wrap(method)
         self.optimizer = make_optimizer(method, options)
@@ -132,19 +174,28 @@ class Trainer:
         torch.manual_seed(seed + 7919 * runtime.rank)  # from here on each rank has noise of its own
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint of this task, bit for bit. Raises CheckpointError when it is not one."""
+        """Go on from a checkpoint of this task, bit for bit; where auto means another precision on this device, that is said.
+
+        Raises CheckpointError when it is no checkpoint of this task.
+        """
         state = load_checkpoint(path, self.method.task)
         if state["split"] != self.meta["split"]:
             raise CheckpointError(
                 f"{path} was trained on other cases: the split has changed since. Restore the split file, or start a run anew."
             )
         self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.stream.load_state_dict(state["stream"])
         self.watch.load_state_dict(state["watch"])
         self.step, self.best = state["step"], Best(**state["best"])
         restore_random_state(state["random"], self.runtime.rank, self.runtime.device)
+        before = state.get("precision", self.runtime.precision)
+        if before != self.runtime.precision:
+            self.watch.say(
+                f"The run began in {before}, which train.precision={self.options.precision} was there; on this device it is "
+                f"{self.runtime.precision}, and the run goes on in that."
+            )
 
     def fit(self) -> None:
         """Train to the last step. Raises NonFiniteLoss. SIGINT and SIGTERM end it after the step, with a checkpoint."""
@@ -172,11 +223,12 @@ class Trainer:
             batch = self.augment(batch)
             with self._synchronised(turn), self.runtime.autocast():
                 output = self.door(batch, progress)
-                total = torch.stack([*output.losses.values()]).sum() / self.options.accumulate
+                losses = torch.stack([*output.losses.values()])
+                total = losses.sum() / self.options.accumulate
+            told = HostCopy(losses)
             self.scaler.scale(total).backward()
             self._check_finite()
-            losses = {name: loss.detach() for name, loss in output.losses.items()}
-            self.pending = (self.step, batch, drawn.request, losses)
+            self.pending = _Pending(self.step, batch, drawn.request, tuple(output.losses), told)
         assert output is not None
         if self.options.clip_norm:
             self.scaler.unscale_(self.optimizer)
@@ -195,12 +247,13 @@ class Trainer:
         return contextlib.nullcontext()
 
     def _check_finite(self) -> None:
-        """Look at the losses of the batch before: by now they are computed, so nobody waits for the device."""
+        """Look at the losses of the batch before: the device has long computed them and works on the next ones."""
         if self.pending is None:
             return
-        step, batch, request, losses = self.pending
+        step, batch, request, names, losses = self.pending
         self.pending = None
-        broken = {name: loss.item() for name, loss in losses.items() if not math.isfinite(loss.item())}
+        values = zip(names, losses.read().tolist(), strict=True)
+        broken = {name: value for name, value in values if not math.isfinite(value)}
         if not broken:
             return
         cases = sorted({patch.case for part in request for patch in part})
@@ -208,9 +261,9 @@ class Trainer:
         if self.runtime.is_main:
             extra = {} if batch.features is None else {"features": batch.features}
             save_checkpoint(path, {"x_l": batch.x_l, "y_l": batch.y_l, "x_u": batch.x_u, "cases": cases, **extra})
-        names = ", ".join(f"'{name}' is {value}" for name, value in broken.items())
+        told = ", ".join(f"'{name}' is {value}" for name, value in broken.items())
         raise NonFiniteLoss(
-            f"Loss {names} at step {step}, on patches of {', '.join(cases)}. The batch is saved in {path}, the last good "
+            f"Loss {told} at step {step}, on patches of {', '.join(cases)}. The batch is saved in {path}, the last good "
             "state is last.pt. Look at these scans, lower train.lr, set train.clip_norm=1, or use train.precision=fp32."
         )
 
@@ -241,6 +294,7 @@ class Trainer:
                 "method": self.method.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
+                "precision": self.runtime.precision,
                 "stream": self.stream.state_dict(),
                 "watch": self.watch.state_dict(),
                 "random": random,

@@ -15,6 +15,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from tailseg.core import Progress, StepOutput, Task
+from tailseg.train.host_copy import HostCopy
 from tailseg.train.metrics_log import MetricsLog
 from tailseg.train.terminal import Terminal
 
@@ -32,7 +34,8 @@ Values = dict[str, float | list[float]]
 
 
 class Watch:
-    """Collects on the device and reads every log_every steps, so that the others do not wait for the device.
+    """Collects on the device, asks for the numbers every log_every steps, and writes them once they are there: with the step
+    after on a GPU, so that no step waits for it. A validation, a checkpoint and the last step write what is due.
 
     folder: of the run; receives metrics.jsonl and tensorboard/. log_every, alarm_after: steps.
     plain_every: seconds between lines when the console is no terminal.
@@ -59,6 +62,7 @@ class Watch:
         self._last_seen = torch.zeros(task.num_classes, dtype=torch.int64)  # (K,) on the device of the predictions
         self._alarmed_at: dict[int, int] = {}
         self._sums, self._pace = _Sums(), _Pace()
+        self._due: _Due | None = None
         self._best: float | None = None
         self._losses_text = self._dice_text = ""
 
@@ -73,17 +77,25 @@ class Watch:
         predicted = output.predicted.detach()  # (K,)
         self._sums.add("predicted", {"voxels": predicted})
         self._last_seen = torch.where(predicted > 0, self._step, self._last_seen.to(predicted.device))
-        due = self._step % self.log_every == 0 or self._step == progress.total_steps
-        means = self._sums.take() if due else None  # waits for the device, which is time of the steps
         self._pace.lap()
-        if means is not None:
-            self._log(progress, means, lr)
+        self._write_due()  # of a step before, which the device has done by now
+        if self._step % self.log_every == 0 or self._step == progress.total_steps:
+            self._due = _Due(progress, lr, self._pace.take(), self._sums.take(), HostCopy(self._last_seen))
+            if self._due.here or self._step == progress.total_steps:
+                self._write_due()
         self._terminal.progress(progress, f"{self._losses_text}{self._dice_text}")
+
+    def _write_due(self) -> None:
+        """Write the line that waits, if one does."""
+        if self._due is not None:
+            due, self._due = self._due, None
+            self._log(due)
 
     def validation(self, progress: Progress, dice: Sequence[float], *, is_best: bool) -> None:
         """progress: step counts the steps done. dice: (K - 1,) per foreground class, NaN where no case holds it."""
         if not self.enabled:
             return
+        self._write_due()
         scores = dict(zip(self.task.classes[1:], dice, strict=True))
         held = [value for value in dice if not math.isnan(value)]
         mean = sum(held) / len(held) if held else math.nan
@@ -104,6 +116,7 @@ class Watch:
             self._terminal.say(text, style="yellow")
 
     def close(self) -> None:
+        self._write_due()
         self._terminal.close()
         for file in self._files or ():
             file.close()
@@ -116,6 +129,7 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """What the alarm remembers; what is summed for the next line is not kept."""
+        self._write_due()
         alarmed_at = [self._alarmed_at.get(index, -1) for index in range(self.task.num_classes)]
         return {"step": self._step, "last_seen": self._last_seen.cpu(), "alarmed_at": torch.tensor(alarmed_at)}
 
@@ -143,40 +157,40 @@ class Watch:
                 )
         return logs
 
-    def _log(self, progress: Progress, means: Mapping[str, Values], lr: float) -> None:
+    def _log(self, due: _Due) -> None:
+        means, step = due.sums.means(), due.progress.step + 1
         losses, logs = means["losses"], {name: self._by_class(value) for name, value in means["logs"].items()}
         predicted = self._by_class(_shares(means["predicted"]["voxels"]))
-        pace = self._pace.take()
         line = {
-            "epoch": _epoch(self._step, progress),
-            "lr": lr,
+            "epoch": _epoch(step, due.progress),
+            "lr": due.lr,
             "losses": losses,
-            "seconds_per_step": pace,
+            "seconds_per_step": due.pace,
             "logs": logs,
             "predicted": predicted,
         }
-        self._write("train", self._step, line)
-        points = {"lr": lr, "seconds_per_step": pace, "loss": losses, "predicted": predicted, **logs}
-        self._tensorboard(points, self._step)
-        self._losses_text = "  ".join([*(f"{name} {value:.4g}" for name, value in losses.items()), f"lr {lr:.3g}"])
-        self._alarm(self._last_seen.tolist())
+        self._write("train", step, line)
+        points = {"lr": due.lr, "seconds_per_step": due.pace, "loss": losses, "predicted": predicted, **logs}
+        self._tensorboard(points, step)
+        self._losses_text = "  ".join([*(f"{name} {value:.4g}" for name, value in losses.items()), f"lr {due.lr:.3g}"])
+        self._alarm(step, due.last_seen.read().tolist())
 
     def _by_class(self, value: float | list[float]) -> float | dict[str, float]:
         return dict(zip(self.task.classes, value, strict=True)) if isinstance(value, list) else value
 
-    def _alarm(self, last_seen: list[int]) -> None:
-        """last_seen: (K,) step of the last prediction of each class. The background is left out."""
+    def _alarm(self, step: int, last_seen: list[int]) -> None:
+        """step: done by then. last_seen: (K,) step of the last prediction of each class. The background is left out."""
         silent: dict[str, tuple[int, float]] = {}
         for index, name in enumerate(self.task.classes[1:], start=1):
-            absent, alarmed_at = self._step - last_seen[index], self._alarmed_at.get(index)
+            absent, alarmed_at = step - last_seen[index], self._alarmed_at.get(index)
             if alarmed_at is not None and last_seen[index] > alarmed_at:
                 del self._alarmed_at[index]
-                self._write("alarm_cleared", self._step, {"class": name})
+                self._write("alarm_cleared", step, {"class": name})
                 self._terminal.say(f"Class '{name}' is predicted again.", style="green")
-            elif absent >= self.alarm_after and self._step - (alarmed_at or 0) >= self.alarm_after:
-                self._alarmed_at[index] = self._step
+            elif absent >= self.alarm_after and step - (alarmed_at or 0) >= self.alarm_after:
+                self._alarmed_at[index] = step
                 share = self.task.class_voxels[index] / max(sum(self.task.class_voxels), 1)
-                self._write("alarm", self._step, {"class": name, "absent_steps": absent, "share": share})
+                self._write("alarm", step, {"class": name, "absent_steps": absent, "share": share})
                 silent[name] = absent, share
         if silent:
             self._terminal.alarm(silent)
@@ -198,7 +212,7 @@ class Watch:
 
 
 class _Sums:
-    """Running sums by group and name on the device, read together: one wait for all."""
+    """Running sums by group and name, on the device."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, str], Tensor] = {}
@@ -210,15 +224,46 @@ class _Sums:
             self._sums[key] = self._sums[key] + value if key in self._sums else value
             self._counts[key] += 1
 
-    def take(self) -> dict[str, Values]:
-        """Means over the steps in which a name was given, as numbers or lists; then everything starts anew."""
-        means: dict[str, Values] = {"losses": {}, "logs": {}, "predicted": {}}
-        flat = iter(torch.cat([total.reshape(-1) for total in self._sums.values()]).tolist())
-        for (group, name), total in self._sums.items():
-            values = [next(flat) / self._counts[group, name] for _ in range(total.numel())]
-            means[group][name] = values if total.ndim else values[0]
+    def take(self) -> _TakenSums:
+        """What was summed, on its way to the host in one copy; then everything starts anew."""
+        taken = _TakenSums(
+            {key: (self._counts[key], tuple(total.shape)) for key, total in self._sums.items()},
+            HostCopy(torch.cat([total.reshape(-1) for total in self._sums.values()])),
+        )
         self._sums, self._counts = {}, Counter()
+        return taken
+
+
+@dataclass(frozen=True)
+class _TakenSums:
+    """parts: (steps that gave a name, shape of what they gave) by group and name. flat: their sums, one after the other."""
+
+    parts: Mapping[tuple[str, str], tuple[int, tuple[int, ...]]]
+    flat: HostCopy
+
+    def means(self) -> dict[str, Values]:
+        """Means over the steps in which a name was given, as numbers or lists."""
+        means: dict[str, Values] = {"losses": {}, "logs": {}, "predicted": {}}
+        flat = iter(self.flat.read().tolist())
+        for (group, name), (count, shape) in self.parts.items():
+            values = [next(flat) / count for _ in range(math.prod(shape))]
+            means[group][name] = values if shape else values[0]
         return means
+
+
+@dataclass(frozen=True)
+class _Due:
+    """A line of the log whose numbers may still be on the device."""
+
+    progress: Progress
+    lr: float
+    pace: float | None
+    sums: _TakenSums
+    last_seen: HostCopy  # (K,) the last of its copies
+
+    @property
+    def here(self) -> bool:
+        return self.last_seen.here
 
 
 class _Pace:
