@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import typer
 import yaml
 from tiny import make_tiny, tiny_recipe
 
@@ -173,6 +175,24 @@ def test_show_tells_the_whole_card_and_the_options(name: str, capsys: pytest.Cap
         assert field in ("name", "venue") or re.sub(r"\s", "", text) in shown, f"{field} is not shown"
     for option in component_options("methods", name):
         assert f"method.{option.name}" in shown
+
+
+def test_help_names_every_verb_with_its_first_sentences():
+    code = (
+        "import sys; sys.argv = ['tailseg', '--help']; import tailseg.cli as c\ntry: c.main()\nexcept SystemExit: pass\n"
+        "assert not {'markdown_it', 'pygments'} & set(sys.modules), 'too much is imported'"
+    )
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8", "-c", code],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "COLUMNS": "300"},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.findall(r"^│ ([a-z-]+) +(\S.*?) +│$", done.stdout, re.MULTILINE))
+    verbs = typer.main.get_command(cli.cli).commands
+    assert rows.keys() == verbs.keys() | {"--help"}
+    assert rows["train"] == "Train a recipe. Stop it with Ctrl-C whenever you like; --resume goes on bit for bit."
 
 
 @pytest.mark.parametrize("verb", ["['--help']", "['list', 'methods']", "['show', 'dhc']", "['show', 'vnet']"])

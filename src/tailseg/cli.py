@@ -1,7 +1,6 @@
 """The command line. It starts fast: nothing heavy is imported before a verb needs it."""
 
-from __future__ import annotations
-
+# no annotations from __future__ here: typer would compile each of them anew at every start
 import os
 import sys
 import time
@@ -10,12 +9,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from tailseg.running import Finished
 
+
+class _Verbs(TyperGroup):
+    """Typer's own help loads a parser of Markdown and a highlighter of code: a third of the time that `--help` took."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from rich.padding import Padding
+        from rich.panel import Panel
+        from rich.table import Table
+
+        usage = f"[yellow]Usage:[/] [bold]{ctx.command_path}[/] COMMAND \\[ARGS]..."
+        console.print(Padding(f"{usage}\n\n{self.help}", 1), highlight=False)
+        verbs = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        told = {name: verb.help or "" for name, verb in verbs.items() if verb and not verb.hidden}
+        for title, rows in (("Options", {"--help": "Show this message and exit."}), ("Commands", told)):
+            table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
+            for name, text in rows.items():
+                table.add_row(f"[bold cyan]{name}", " ".join(text.split("\n\n")[0].split()))
+            console.print(Panel(table, title=title, title_align="left", border_style="dim"), highlight=False)
+
+
 cli = typer.Typer(
     name="tailseg",
+    cls=_Verbs,
     help="Semi-supervised, class-imbalanced segmentation of medical images, from a folder to scored predictions.",
     no_args_is_help=True,
     add_completion=False,
@@ -539,13 +560,39 @@ def demo(
     _tell(run_demo(out, _say_when, _progress))
 
 
+@cli.command()
+def doctor(
+    store: Annotated[Path, typer.Option(help="folder for the prepared scans, whose disk counts")] = Path("stores"),
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="also time a convolution and a copy, for a second")
+    ] = True,
+    json_: Annotated[bool, typer.Option("--json", help="write the facts as JSON, and nothing else")] = False,
+    debug: Debug = False,
+) -> None:
+    """What this machine offers, what a run would use of it, and what is missing.
+
+    Exits with 1 if nothing can run here: torch cannot be imported, or a package that all need is missing or too old.
+    """
+    from tailseg.doctor import examine, findings_table
+
+    findings = examine(store, measure=measure)
+    if json_:
+        import json
+
+        typer.echo(json.dumps(findings.to_dict(), indent=1, allow_nan=False))
+    else:
+        console.print(findings_table(findings), highlight=False)
+    if findings.problems:
+        raise typer.Exit(1)
+
+
 def _say_when(text: str) -> None:
     from rich.markup import escape
 
     console.print(f"[dim]{time.strftime('%H:%M')}[/dim] {escape(text)}", highlight=False, soft_wrap=True)
 
 
-def _tell(done: Finished) -> None:
+def _tell(done: "Finished") -> None:
     """What came out of a run, the answer last."""
     from rich.markup import escape
 
@@ -567,7 +614,7 @@ class _progress:
         self.what = what
         self.bar: Any = None
 
-    def __enter__(self) -> _progress:
+    def __enter__(self) -> "_progress":
         return self
 
     def __call__(self, done: int, total: int, case: str) -> None:

@@ -65,7 +65,7 @@ def shared_ranks(predicted: Tensor, sure: Tensor) -> Tensor:
 
     predicted: (K,) int64 n, voxels by argmax. sure: (K,) int64 voxels whose probability of k exceeds the majority threshold.
     """
-    majority = predicted.argmax()
+    majority = predicted.argmax(0, keepdim=True)  # (1,): to index by a tensor without axes is to wait for its value
     # in integers: the code's float32 ratio, with 1e-8 added above and below the line, rounds at millions of voxels
     return sure[majority] * predicted // predicted[majority].clamp_min(1)
 
