@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.complete
 
-.PHONY: env demo test browser lint types docs check clean
+.PHONY: env demo test browser lint types docs speed check clean
 
 env: $(STAMP)
 
@@ -39,6 +39,10 @@ types: env
 docs: env
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "the documentation lies in $(CURDIR)/site/index.html"
+
+# PEERS='--peer dhc=PATH' puts the released code of a paper beside ours
+speed: env
+	$(BIN)/python benchmarks/speed $(PEERS)
 
 check: lint types test docs browser
 

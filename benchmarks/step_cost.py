@@ -5,7 +5,7 @@
 
 Forward, backward and optimiser step; needs no data. All methods take turns, one step each a round, in one process; the ratio
 is the median over the rounds of a method's time over that of supervised in the same round. On a CPU the time is the
-processor's, so that other work on the machine hardly counts.
+processor's, so that other work on the machine hardly counts. How near a GPU's limits a step comes: `benchmarks/speed gpu-step`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import re
 import statistics
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,39 +23,57 @@ from tailseg.checks import example_batch, example_task
 from tailseg.components import builtin_names, make_build, make_method
 from tailseg.core import Batch, Method, Progress
 from tailseg.runtime import Runtime, RuntimeOptions, choose_device, keep_freed_memory
+from tailseg.train.fit import TrainOptions, make_optimizer
 
 METHODS = Path(__file__).parents[1] / "src" / "tailseg" / "methods"
-SIDES = (32, 64, 64)
 OPTIONS = {"dinomix": {"teacher": "random-tiny"}, "magicnet": {"cubes": 2}}
-LABELLED = {"bcp": 4}  # where not 2
-UNLABELLED = {"bcp": 4, "crossmatch": 4, "unimatch": 4}
-NETWORKS = {"urpc": ("urpc_unet", {})}
+NETWORKS = {"urpc": "urpc_unet"}
 LATE = 0.75  # of the run: past every warm-up, so that no term of a loss is left out
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method trains on. patch: voxels, (D, H, W) or (H, W). labelled, unlabelled: patches of a batch."""
+
+    network: str = "vnet"
+    width: int = 8
+    classes: int = 14
+    patch: tuple[int, ...] = (32, 64, 64)
+    labelled: int = 2
+    unlabelled: int = 2
+
+    def fit(self, method: str) -> Setting:
+        """With the network and the batch that the method needs."""
+        fitting = replace(self, network=NETWORKS.get(method, self.network))
+        if method == "bcp":  # halves of both are pasted into each other
+            return replace(fitting, labelled=2 * self.labelled, unlabelled=2 * self.unlabelled)
+        if method in ("crossmatch", "unimatch"):  # mix two draws of unlabelled patches
+            return replace(fitting, unlabelled=2 * self.unlabelled)
+        return fitting
 
 
 class Contender:
     """A method with its batch and optimiser."""
 
-    def __init__(self, name: str, width: int, runtime: Runtime) -> None:
-        task = example_task(14, 1, 3)
-        network, options = NETWORKS.get(name, ("vnet", {}))
-        build = make_build(network, {"width": width, **options}, task)
+    def __init__(self, name: str, setting: Setting, runtime: Runtime) -> None:
+        setting, dims = setting.fit(name), len(setting.patch)
+        task = example_task(setting.classes, 1, dims)
+        build = make_build(setting.network, {"width": setting.width}, task)
         self.method: Method = make_method(name, OPTIONS.get(name, {}), task, build)
+        made = example_batch(task, setting.labelled, setting.unlabelled, side=max(setting.patch))
+        cut = (..., *(slice(side) for side in setting.patch))
+        batch = Batch(*(part[cut].contiguous() for part in (made.x_l, made.y_l, made.x_u)))
+        self.method.check_batch(setting.labelled, setting.unlabelled, setting.patch)
         runtime.place(self.method)
         self.method.train()
-        self.optimizer = torch.optim.SGD(self.method.param_groups(), lr=0.001)
-        made = example_batch(task, LABELLED.get(name, 2), UNLABELLED.get(name, 2), side=64)
-        cut = Batch(
-            *(part[..., : SIDES[0], : SIDES[1], : SIDES[2]].contiguous() for part in (made.x_l, made.y_l, made.x_u))
-        )
-        self.batch = cut.to(runtime.device, runtime.memory_format(3))
+        self.optimizer = make_optimizer(self.method, TrainOptions(lr=0.001))
+        self.batch = batch.to(runtime.device, runtime.memory_format(dims))
         self.runtime = runtime
         self.steps = 0
 
-    def step(self) -> float:
-        """Seconds of one whole training step."""
+    def step(self) -> None:
+        """One whole training step."""
         progress = Progress(int(LATE * 10_000) + self.steps, 10_000, 10)
-        start = self._now()
         with self.runtime.autocast():
             total = torch.stack([*self.method(self.batch, progress).losses.values()]).sum()
         total.backward()
@@ -62,6 +81,11 @@ class Contender:
         self.optimizer.zero_grad()
         self.method.after_step(progress)
         self.steps += 1
+
+    def seconds(self) -> float:
+        """Of one step."""
+        start = self._now()
+        self.step()
         return self._now() - start
 
     def _now(self) -> float:
@@ -73,10 +97,10 @@ class Contender:
 
 def measure(rounds: int, width: int, runtime: Runtime) -> dict[str, list[float]]:
     """Method -> its ratios to supervised, one a round, after one round to warm up."""
-    contenders = {name: Contender(name, width, runtime) for name in builtin_names("methods")}
+    contenders = {name: Contender(name, Setting(width=width), runtime) for name in builtin_names("methods")}
     ratios: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
-        seconds = {name: contender.step() for name, contender in contenders.items()}
+        seconds = {name: contender.seconds() for name, contender in contenders.items()}
         print(f"round {turn}: supervised takes {seconds['supervised']:.2f} s", flush=True)
         for name, time_ in seconds.items() if turn else ():
             ratios[name].append(time_ / seconds["supervised"])

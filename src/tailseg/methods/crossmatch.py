@@ -43,7 +43,7 @@ from tailseg.parts.counts import count_classes
 from tailseg.parts.losses import cross_entropy, log_softmax, masked_cross_entropy, soft_dice_loss
 from tailseg.parts.mixing import cutmix_boxes, paste
 from tailseg.parts.perturb import drop_channels, strong_view, unperturbed
-from tailseg.parts.pseudo_labels import PseudoLabels
+from tailseg.parts.pseudo_labels import PseudoLabels, likeliest
 from tailseg.parts.ramps import gaussian_ramp
 
 
@@ -122,7 +122,7 @@ class CrossMatch(Method):
                 "tkd": distil * (1 - self.eta) * teacher,
                 "dkd": distil * self.eta * like,
             },
-            predicted=count_classes(p_x.argmax(1), k) + count_classes(target_n.labels, k),
+            predicted=count_classes(likeliest(p_x), k) + count_classes(target_n.labels, k),
             logs={
                 "tau": p_x.new_full((), tau),
                 "kept": target_n.kept.float().mean(),
@@ -143,11 +143,12 @@ class CrossMatch(Method):
     def _streams(self, x: Tensor, first: int) -> tuple[Tensor, ...]:
         """Log-probabilities of the clean decodes of x[:first] and of x[first:], and of the weakly and strongly dropped
         decodes of x[first:]; one pass of the decoder, so that they share batch statistics."""
-        features = self.net.encoder(x)
-        rest = [feature[first:] for feature in features]
-        streams = (features, drop_channels(rest, self.weak_dropout), drop_channels(rest, self.strong_dropout))
-        joint = [torch.cat(maps) for maps in zip(*streams, strict=True)]
         count = len(x) - first
+        # the gradient of a split keeps channels_last; that of a slice is contiguous, and slow to add to the others
+        halves = [feature.split([first, count]) for feature in self.net.encoder(x)]
+        own, rest = [half[0] for half in halves], [half[1] for half in halves]
+        streams = (own, rest, drop_channels(rest, self.weak_dropout), drop_channels(rest, self.strong_dropout))
+        joint = [torch.cat(maps) for maps in zip(*streams, strict=True)]
         return log_softmax(self.net.decoders[0](joint).logits).split([first, count, count, count])
 
     def _boxes(self, count: int, x: Tensor) -> Tensor:

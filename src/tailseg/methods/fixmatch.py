@@ -35,6 +35,7 @@ from tailseg.parts.counts import count_classes, sum_per_class
 from tailseg.parts.losses import ce_soft_dice, log_softmax, masked_cross_entropy, soft_dice_loss
 from tailseg.parts.mixing import PIC, MixerSpec, Samples, make_mixer
 from tailseg.parts.perturb import strong_view
+from tailseg.parts.pseudo_labels import likeliest
 from tailseg.parts.ramps import ramp_over
 
 
@@ -71,7 +72,7 @@ class FixMatch(Method):
         with torch.no_grad() if self.mixes_labelled else contextlib.nullcontext():
             weak = self.net(batch.x).logits  # (B_l + B_u, K, *S)
         p_l, p_w = log_softmax(weak).split([n, len(batch.x_u)])
-        predicted = weak.argmax(1)  # (B_l + B_u, *S)
+        predicted = likeliest(weak)  # (B_l + B_u, *S)
 
         labelled = Samples.annotated(batch.x_l, batch.y_l)
         unlabelled = Samples(strong_view(batch.x_u), predicted[n:], p_w.detach().amax(1).exp())

@@ -34,6 +34,7 @@ from tailseg.parts.counts import count_classes
 from tailseg.parts.gradient_aware import ga_loss
 from tailseg.parts.losses import ce_soft_dice, log_softmax
 from tailseg.parts.perturb import add_noise
+from tailseg.parts.pseudo_labels import likeliest
 from tailseg.parts.ramps import ramp_over
 from tailseg.parts.ranks import num_ranks, sum_over_ranks
 from tailseg.parts.teachers import Teacher
@@ -92,8 +93,8 @@ class MeanTeacher(Method):
             mse = sum_over_ranks(mse) / num_ranks()
             weight = self.consistency_weight * ramp_over(progress, self.ramp, hold=self.ramp_hold)
             losses["consistency"] = (weight if progress.step >= self.start else 0.0) * mse
-            logs["agreement"] = (log_probs[n:].argmax(1) == target.argmax(1)).float().mean()
-        predicted = count_classes(logits.argmax(1), self.task.num_classes)
+            logs["agreement"] = (likeliest(log_probs[n:]) == likeliest(target)).float().mean()
+        predicted = count_classes(likeliest(logits), self.task.num_classes)
         return StepOutput(losses, predicted, logs)
 
     def after_step(self, progress: Progress) -> None:

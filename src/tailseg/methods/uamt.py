@@ -38,6 +38,7 @@ from tailseg.options import OptionError
 from tailseg.parts.counts import count_classes
 from tailseg.parts.losses import ce_soft_dice, cross_entropy, dice_loss, log_softmax
 from tailseg.parts.perturb import add_noise
+from tailseg.parts.pseudo_labels import likeliest
 from tailseg.parts.ramps import gaussian_ramp, ramp_up
 from tailseg.parts.ranks import sum_over_ranks
 from tailseg.parts.teachers import Teacher
@@ -108,7 +109,7 @@ class UAMT(Method):
             weight = self.consistency_weight * ramp_up(progress, self.ramp)
             losses["consistency"] = weight * distance / (self.divisor * kept + 1e-16)
             logs = {"kept": certain.mean(), "uncertainty": uncertainty.mean()}
-        return StepOutput(losses, count_classes(logits.argmax(1), self.task.num_classes), logs)
+        return StepOutput(losses, count_classes(likeliest(logits), self.task.num_classes), logs)
 
     def teacher_probs(self, x: Tensor) -> Tensor:
         """(B, K, *S) of one pass over x with noise."""

@@ -36,7 +36,7 @@ from tailseg.parts.counts import count_classes
 from tailseg.parts.losses import cross_entropy, log_softmax, masked_cross_entropy, soft_dice_loss
 from tailseg.parts.mixing import cutmix_boxes, paste
 from tailseg.parts.perturb import drop_channels, strong_view, unperturbed
-from tailseg.parts.pseudo_labels import PseudoLabels
+from tailseg.parts.pseudo_labels import PseudoLabels, likeliest
 
 
 @final
@@ -78,8 +78,10 @@ class UniMatch(Method):
 
         features = self.net.encoder(torch.cat([batch.x_l, u]))
         # the authors decode the labelled features here too, and throw the result away
-        dropped = drop_channels([feature[n:] for feature in features], self.feature_dropout)
-        joint = [torch.cat(pair) for pair in zip(features, dropped, strict=True)]
+        # the gradient of a split keeps channels_last; that of a slice is contiguous, and slow to add to the others
+        halves = [feature.split([n, len(u)]) for feature in features]
+        dropped = drop_channels([half[1] for half in halves], self.feature_dropout)
+        joint = [torch.cat([*half, drop]) for half, drop in zip(halves, dropped, strict=True)]
         log_probs = log_softmax(self.net.decoders[0](joint).logits)
         p_x, p_w, p_fp = log_probs.split([n, len(u), len(u)])
         target_w = PseudoLabels.of(p_w, self.tau)
@@ -97,7 +99,7 @@ class UniMatch(Method):
         weights = self.loss_weights
         return StepOutput(
             losses={"sup": weights[0] * sup, "strong": weights[1] * strong, "feature": weights[2] * feature},
-            predicted=count_classes(p_x.argmax(1), k) + count_classes(target_w.labels, k),
+            predicted=count_classes(likeliest(p_x), k) + count_classes(target_w.labels, k),
             logs={"kept": target_w.kept.float().mean(), "kept_mix": target_v.kept.float().mean()},
         )
 

@@ -1,0 +1,92 @@
+"""Where a training step spends its time, and how far that is from what the processor could do."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from tailseg.core import Method
+
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "convolution": ("conv", "winograd", "patchproduct"),
+    "normalisation": ("batch_norm", "normalise"),
+    "activation": ("relu", "threshold"),
+    "random draws": ("bernoulli", "random_", "normal_", "uniform_"),
+    "interpolation and pooling": ("upsample", "pool"),
+    "optimiser and teacher": ("optimizer", "_foreach", "_fused"),
+    "losses and counts": ("softmax", "gather", "scatter", "max", "exp", "log", "sum", "mean", "where", "pow"),
+    "copies and layout": ("copy_", "clone", "cat", "stack", "fill_", "zero", "empty"),
+}
+"""Kind -> what the names of its operations hold, or of what called them; the first that fits, else the rest."""
+REST = "additions and the rest"
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def by_kind(step: Callable[[], object]) -> tuple[float, dict[str, float]]:
+    """Processor seconds of the operations of one step, and the share of each kind, the largest first."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        step()
+    seconds: Counter[str] = Counter()
+    for event in profiled.events() or ():
+        names, caller = [event.name.lower()], event.cpu_parent
+        while caller is not None:
+            names.append(caller.name.lower())
+            caller = caller.cpu_parent
+        fits = (kind for kind, parts in KINDS.items() if any(part in name for name in names for part in parts))
+        seconds[next(fits, REST)] += event.self_cpu_time_total / 1e6
+    total = seconds.total()
+    return total, {kind: value / total for kind, value in seconds.most_common()}
+
+
+def convolution_flops(method: Method, step: Callable[[], object]) -> int:
+    """Of a step, forward and backward, as the definition of a convolution has them: a product and a sum are two."""
+    count = 0
+
+    def add(module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        nonlocal count
+        transposed = isinstance(module, nn.ConvTranspose2d | nn.ConvTranspose3d)
+        voxels = (given[0] if transposed else made)[:, 0].numel()
+        weight: Any = module.weight
+        passes = 1 + made.requires_grad * (weight.requires_grad + given[0].requires_grad)
+        count += passes * 2 * voxels * weight.numel()
+
+    hooks = [module.register_forward_hook(add) for module in method.modules() if isinstance(module, CONVOLUTIONS)]
+    step()
+    for hook in hooks:
+        hook.remove()
+    return count
+
+
+def product_rate(side: int = 2048, times: int = 5) -> float:
+    """Floating-point operations per processor second of the best of some products of two float32 matrices."""
+    a, b = torch.rand(2, side, side)
+    best = float("inf")
+    for _ in range(times):
+        start = time.process_time()
+        a @ b
+        best = min(best, time.process_time() - start)
+    return 2 * side**3 / best
+
+
+def step_facts(method: Method, step: Callable[[], object], device: str) -> dict[str, str]:
+    """Of a step of the method on a CPU; elsewhere nothing."""
+    if device != "cpu":
+        return {}
+    operations = convolution_flops(method, step)
+    seconds, shares = by_kind(step)
+    limit = product_rate()
+    reached = operations / (seconds * shares["convolution"])
+    return {
+        "share of the step by kind of operation": ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()),
+        "convolutions of a step": f"{operations / 1e12:.3g} TFLOP at {reached / 1e9:.0f} GFLOP/s a processor",
+        "the product of two float32 matrices": (
+            f"{limit / 1e9:.0f} GFLOP/s a processor; at that rate these convolutions would take {operations / limit:.3g} s "
+            f"of the step's {seconds:.3g} s"
+        ),
+    }
