@@ -9,6 +9,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from peers import load, on_cpu
+from shares import step_facts
 from suite import Benchmark, Contestant, Settings
 from torch import Tensor, nn
 from training_step import (
@@ -188,6 +189,11 @@ def contestants(settings: Settings) -> Sequence[Contestant]:
     return made
 
 
+def facts(settings: Settings) -> dict[str, str]:
+    made = trainee(settings)
+    return step_facts(made.method, turns(made), settings.device)
+
+
 BENCHMARKS = (
     Benchmark(
         "step-cps2d",
@@ -196,6 +202,7 @@ BENCHMARKS = (
         contestants,
         {"plain": 1e-5, "ssl4mis": 1e-4},
         {"gradients": 5e-3},
+        facts,
         remark=(
             "Dropout is off in the first turn, where results are compared, as the networks draw their masks in different "
             "orders; it is on in the turns that are timed."

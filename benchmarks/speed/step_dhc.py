@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peers import load, on_cpu
+from shares import step_facts
 from suite import Benchmark, Contestant, Settings
 from torch import Tensor
 from training_step import (
@@ -243,6 +244,11 @@ def contestants(settings: Settings) -> Sequence[Contestant]:
     return made
 
 
+def facts(settings: Settings) -> dict[str, str]:
+    made = trainee(settings)
+    return step_facts(made.method, turns(made), settings.device)
+
+
 BENCHMARKS = (
     Benchmark(
         "step-dhc",
@@ -251,5 +257,6 @@ BENCHMARKS = (
         contestants,
         {"plain": 1e-5, "dhc": 1e-4},
         {"gradients": 5e-3, "cps": 1e-4, "weights_a": 1e-4, "weights_b": 1e-4},
+        facts,
     ),
 )
