@@ -84,7 +84,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     peers.device = arguments.device
     settings = Settings(
-        checkouts(arguments.peer), arguments.data, arguments.rounds, arguments.threads, arguments.device
+        checkouts(arguments.peer),
+        arguments.data,
+        arguments.rounds,
+        arguments.threads,
+        arguments.device,
+        memory=not arguments.no_memory,
     )
     chosen = [every[name] for name in arguments.names or every]
     if arguments.peak_of:
