@@ -149,6 +149,7 @@ def test_a_peer_that_is_not_known_is_refused(run: Callable[..., None]):
 def test_a_fast_step_agrees_with_its_plain_one(module: str, suite: ModuleType, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TAILSEG_SPEED_SMALL", "1")
     for benchmark in importlib.import_module(module).BENCHMARKS:
+        assert callable(benchmark.facts) and isinstance(benchmark.remark, str)
         contestants = benchmark.contestants(suite.Settings())
         assert [each.name for each in contestants] == ["tailseg", "plain"]
         assert suite.agreement(benchmark, contestants)["plain"] <= 1e-5

@@ -68,10 +68,10 @@ class Benchmark:
     target: str
     contestants: Callable[[Settings], Sequence[Contestant]] = lambda settings: ()
     tolerance: Mapping[str, float] = field(default_factory=lambda: {"plain": 1e-5})
-    loose: Mapping[str, float] = field(default_factory=dict)
     facts: Callable[[Settings], Mapping[str, str]] = lambda settings: {}
     remark: str = ""
     skip: Callable[[Settings], str] = lambda settings: ""
+    loose: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
