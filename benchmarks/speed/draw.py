@@ -42,7 +42,7 @@ from tailseg.runtime import Runtime, RuntimeOptions, keep_freed_memory
 
 Shape = tuple[int, int, int]
 SMALL = "TAILSEG_SPEED_SMALL" in os.environ
-SAMPLES, BATCHES = 4, 4
+SAMPLES, BATCHES = 2, 10
 """Of a turn: patches of a batch, and batches, so that what counts is a loader under way and not its first memory."""
 SEED = 7
 HU = (-75, 275)
