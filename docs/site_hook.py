@@ -18,7 +18,7 @@ from mkdocs.structure.pages import Page
 from tailseg.components import method_cards
 
 ROOT = Path(__file__).parents[1]
-GUESTS = ("benchmarks/*.md", "benchmarks/results/*")
+GUESTS = ("benchmarks/*.md", "benchmarks/results/*.*")
 """Files of the repository that are pages and pictures of the site, at the same place; the results hold the findings."""
 FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(((?!\w+:)[^)#\s]+)(#[^)\s]*)?\)")
