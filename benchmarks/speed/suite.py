@@ -272,7 +272,8 @@ def table(record: Record) -> list[str]:
         peak_ = "" if line.peak is None else f"{line.peak / 1e6:.0f} MB"
         times = ("1", "") if line is record.lines[0] else (median, f"{low} to {high}")
         differs = "" if line is record.lines[0] else f"{line.difference:.1g}"
-        cells = (line.contestant, *times, number(line.cpu_seconds), number(line.wall_seconds), differs, peak_)
+        name = line.contestant if line.contestant in ("tailseg", "plain") else f"released code: {line.contestant}"
+        cells = (name, *times, number(line.cpu_seconds), number(line.wall_seconds), differs, peak_)
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 
