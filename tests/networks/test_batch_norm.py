@@ -57,7 +57,8 @@ def test_statistics_are_a_hundred_times_nearer_than_those_of_torch(dims: int):
     exact = voxels.var(0, correction=0)
     torch.testing.assert_close(mean, voxels.mean(0), rtol=1e-6, atol=0)
     assert (variance / exact - 1).abs().max() < 2e-6
-    if torch.get_num_threads() == 1:  # else this test tells that torch has repaired it, and the layer can go
+    if torch.get_num_threads() == 1 and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        # where this fails, torch has repaired it, and the layer can go
         assert (torchs / exact - 1).abs().max() > 1e-5
 
 
