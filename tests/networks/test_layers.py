@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tailseg.core import Init, SegNet
-from tailseg.networks.layers import Dropout, Layers
+from tailseg.networks.layers import Conv3d, Dropout, Layers
 from tailseg.networks.unet import UNet
 from tailseg.networks.urpc_unet import URPCUNet
 from tailseg.networks.vnet import VNet
@@ -132,7 +132,7 @@ def test_channels_last_stays_channels_last_and_changes_no_result(network, spatia
     if network is URPCUNet:
         return  # torch's instance normalisation answers in the plain layout
     net.train()
-    # not the logits: on one thread torch takes 1x1 convolutions to a kernel that knows no channels_last
+    # not the logits: on one thread torch takes 1x1 convolutions in 2D to a kernel that knows no channels_last
     assert all(t.is_contiguous(memory_format=memory_format) for t in (net(x).embedding, *net.encoder(x)))
 
 
@@ -249,3 +249,28 @@ def test_bf16_weight_gradients_of_two_slices_take_in_no_foreign_memory():
             y = conv(x)
         (gradient,) = torch.autograd.grad(y.float().square().mean(), weight)
         assert torch.isfinite(gradient).all()
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_on_one_thread_a_1x1x1_convolution_is_a_product_of_the_same_values():
+    torch.manual_seed(0)
+    conv = Layers(3, "batch").conv(8, 5, 1)
+    assert isinstance(conv, Conv3d) and conv.bias is not None
+    x = torch.randn(2, 8, 4, 6, 3).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    inputs = (x, conv.weight, conv.bias)
+    expected = nn.functional.conv3d(*inputs)
+    found = conv(x)
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    assert not expected.is_contiguous(memory_format=torch.channels_last_3d), "torch's kernel is another: drop ours"
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn(found.shape)
+    torch.testing.assert_close(*(torch.autograd.grad(out, inputs, upstream) for out in (found, expected)))
+    assert "conv3d" in str(torch.export.export(conv, (x.detach(),)).graph)
