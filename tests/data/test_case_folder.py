@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 
@@ -54,6 +55,18 @@ def test_positions_depend_on_case_and_label_alone() -> None:
     first, again, other = (sample_positions(label, counts, case)[0] for case in ("case", "case", "other"))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_positions_are_those_of_stores_made_before() -> None:
+    label = label_of()
+    voxels, _ = sample_positions(label, count_labels(label)[:, :5], "case")
+    assert hashlib.sha256(voxels.tobytes()).hexdigest()[:16] == "6a659e6b98a86471"
+
+
+def test_positions_of_a_label_without_classes_are_none() -> None:
+    label = np.full((3, 4, 5), IGNORE, np.uint8)
+    voxels, counts = sample_positions(label, count_labels(label)[:, :5], "case")
+    assert voxels.shape == (0, 3) and voxels.dtype == np.uint16 and not counts.any()
 
 
 def test_a_folder_holds_what_was_prepared(tmp_path: Path) -> None:

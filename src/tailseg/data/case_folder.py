@@ -110,14 +110,18 @@ def sample_positions(label: np.ndarray, counts: np.ndarray, case: str) -> tuple[
     Returns voxels (n, 3) uint16, class after class and each in raster order, and how many there are of each class, (K,).
     """
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(case.encode()).digest()[:8]))
-    voxels: list[np.ndarray] = [np.empty((0, 3), np.uint16)]
     drawn = np.minimum(counts.sum(0), POSITIONS_PER_CLASS)  # (K,)
+    classes = np.repeat(np.arange(len(drawn)), drawn)  # (n,), as are planes, within and flat
+    planes, within, flat = (np.empty(len(classes), np.int64) for _ in range(3))
     for c in np.flatnonzero(drawn):
         ends = counts[:, c].cumsum()  # (D,)
         ranks = np.sort(rng.choice(ends[-1], drawn[c], replace=False))  # among the class's voxels in raster order
-        planes = np.searchsorted(ends, ranks, side="right")
-        for d in np.unique(planes):
-            within = ranks[planes == d] - (ends[d] - counts[d, c])
-            rows, columns = np.unravel_index(np.flatnonzero(label[d] == c)[within], label[d].shape)
-            voxels.append(np.column_stack([np.full(len(rows), d), rows, columns]).astype(np.uint16))
-    return np.concatenate(voxels), drawn
+        planes[classes == c] = at = np.searchsorted(ends, ranks, side="right")
+        within[classes == c] = ranks - (ends - counts[:, c])[at]
+    for d in np.unique(planes):
+        here = planes == d
+        order = np.argsort(label[d], axis=None, kind="stable")  # class after class, each in raster order
+        firsts = counts[d].cumsum() - counts[d]  # (K,)
+        flat[here] = order[firsts[classes[here]] + within[here]]
+    rows, columns = np.unravel_index(flat, label.shape[1:])
+    return np.column_stack([planes, rows, columns]).astype(np.uint16), drawn

@@ -204,8 +204,11 @@ def _resample(array: np.ndarray, shape: Shape, mode: Literal["linear", "nearest"
     if mode == "linear":
         voxels = torch.from_numpy(np.require(array, np.float32, ["C", "W"]))[None, None]
         return F.interpolate(voxels, size=shape, mode="trilinear", align_corners=False)[0, 0].numpy()
-    indices = [nearest_index(old, new, mode) for old, new in zip(array.shape, shape, strict=True)]
-    return array[np.ix_(*indices)]
+    planes, rows, columns = (nearest_index(old, new, mode) for old, new in zip(array.shape, shape, strict=True))
+    made = np.empty(shape, array.dtype)
+    for plane, source in zip(made, planes, strict=True):  # np.ix_ over all axes at once takes twice as long or more
+        np.take(array[source].take(rows, 0), columns, 1, out=plane)
+    return made
 
 
 def nearest_index(old: int, new: int, mode: Literal["nearest", "legacy-nearest"]) -> np.ndarray:

@@ -92,17 +92,27 @@ def load_label(case: Case, dataset: RawDataset, image: Image) -> np.ndarray:
     if case.annotated is not None:
         unknown = [name not in case.annotated for name in dataset.classes]
         table[np.array(dataset.label_values)[unknown]] = IGNORE
-    with np.errstate(invalid="ignore"):  # what NaN becomes does not matter: it is unequal to anything
-        values = label.array.astype(np.uint8)
-    wrong = (values != label.array) | ~known[values]
-    if wrong.any():
-        strange = [f"{value:.10g}" for value in np.unique(label.array[wrong])]
-        shown = ", ".join(strange[:10]) + (", ..." if len(strange) > 10 else "")
-        raise ImageError(
-            f"{case.label} holds the values {shown}, which {dataset.root}/dataset.json does not name; "
-            "name them under labels, or correct the file."
-        )
-    return table[values]
+    indices = np.empty(label.array.shape, np.uint8)
+    for plane, made in zip(label.array, indices, strict=True):  # plane by plane: it stays in the processor's cache
+        with np.errstate(invalid="ignore"):  # what NaN becomes does not matter: it is unequal to anything
+            values = plane.astype(np.uint8)
+        if not (known[values].all() and np.array_equal(values, plane)):
+            raise ImageError(_strange_values(case.label, label.array, known, dataset))
+        np.take(table, values, out=made)
+    return indices
+
+
+def _strange_values(path: Path, label: np.ndarray, known: np.ndarray, dataset: RawDataset) -> str:
+    """Which values of label (D, H, W) the data set does not name. known: (256,) bool."""
+    values = np.unique(label)
+    with np.errstate(invalid="ignore"):
+        indices = values.astype(np.uint8)
+    strange = [f"{value:.10g}" for value in values[(indices != values) | ~known[indices]]]
+    shown = ", ".join(strange[:10]) + (", ..." if len(strange) > 10 else "")
+    return (
+        f"{path} holds the values {shown}, which {dataset.root}/dataset.json does not name; "
+        "name them under labels, or correct the file."
+    )
 
 
 def load_case(case: Case, dataset: RawDataset, *, with_label: bool = True) -> tuple[Image, np.ndarray | None]:
