@@ -17,6 +17,7 @@ import yaml
 from peers import load, on_cpu
 from suite import ROOT, Benchmark, Contestant, Settings
 from torch import Tensor, nn
+from training_step import copy_weights
 
 from tailseg.checks import example_batch, example_task
 from tailseg.components import make_build, make_method
@@ -56,25 +57,6 @@ def two_networks(width: int, runtime: Runtime) -> Method:
             module.running_var.uniform_(0.5, 1.5)
     runtime.place(method)
     return method.eval()
-
-
-def in_order_of_use(net: nn.Module, x: Tensor) -> list[nn.Module]:
-    """The modules that hold weights, as a forward pass meets them: two people's names for one architecture do not matter."""
-    met: list[nn.Module] = []
-    leaves = [module for module in net.modules() if next(module.parameters(recurse=False), None) is not None]
-    hooks = [leaf.register_forward_hook(lambda module, *_: met.append(module)) for leaf in leaves]
-    with torch.inference_mode():
-        net(x)
-    for hook in hooks:
-        hook.remove()
-    return met
-
-
-def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    x = torch.zeros(1, 1, 16, 16, 16)
-    pairs = zip(in_order_of_use(source, x), in_order_of_use(target, x), strict=True)
-    for theirs, ours in pairs:
-        ours.load_state_dict(theirs.state_dict())
 
 
 class ReadyMade(nn.Module):
@@ -183,7 +165,7 @@ def dhc(folder: Path, net_a: Logits, net_b: Logits, image: np.ndarray, overlap: 
 
 def peer_network(folder: Path, source: nn.Module, width: int) -> nn.Module:
     made = load(folder / "code", "models.vnet").VNet(1, CLASSES, width, "batchnorm", has_dropout=False).eval()
-    copy_weights(source, made)
+    copy_weights(source, made, torch.zeros(1, 1, 16, 16, 16))
     return made
 
 

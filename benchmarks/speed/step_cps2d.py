@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from peers import load, on_cpu
-from shares import step_facts
-from suite import Benchmark, Contestant, Settings
+from suite import Benchmark, Settings
 from torch import Tensor, nn
 from training_step import (
     EPOCHS,
     HALF_WAY,
     RAMP_EPOCH,
     SMALL,
+    Precision,
     Trainee,
+    contestants,
     contiguous,
     copy_weights,
+    facts,
     gradient_norm,
     textbook,
-    turns,
 )
 
 from tailseg.components import make_build
@@ -56,7 +58,7 @@ def hearts() -> Batch:
     return Batch(images[:N], labels[:N], images[N:])
 
 
-def trainee(settings: Settings) -> Trainee:
+def trainee(settings: Settings, precision: Precision) -> Trainee:
     """The method as a run has it, with the losses of the authors of the 2D code: half of CE and Dice on labels, and
     pseudo-labels on unlabelled slices only."""
     batch = hearts()
@@ -66,7 +68,7 @@ def trainee(settings: Settings) -> Trainee:
     method = CPS(task, make_build("unet", {}, task), cps_weight=CPS_WEIGHT)
     method.sup_loss = lambda log_probs, target, weight: ce_soft_dice(log_probs, target)
     method.cps_loss = lambda log_probs, target, weight: cross_entropy(log_probs[N:], target[N:])
-    made = Trainee(method, batch, OPTIONS, settings.device)
+    made = Trainee(method, batch, OPTIONS, settings, precision)
     for group in made.optimizer.param_groups:
         group["nesterov"] = False  # as they do
     return made
@@ -85,8 +87,10 @@ class Dropouts:
 
 
 class Tailseg:
-    def __init__(self, trainee: Trainee) -> None:
-        self.trainee, self.dropouts = trainee, Dropouts(trainee.method)
+    def __init__(self, settings: Settings, precision: Precision) -> None:
+        self.trainee = trainee(settings, precision)
+        self.method, self.batch = cast(CPS, self.trainee.method), self.trainee.batch
+        self.dropouts = Dropouts(self.method)
 
     def step(self, *, gradients: bool) -> Mapping[str, Tensor]:
         self.dropouts.switch(on=not gradients)
@@ -102,9 +106,8 @@ def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
 class Plain:
     """Every term by itself, out of torch's own functions."""
 
-    def __init__(self, like: Trainee) -> None:
-        method = cast(CPS, like.method)
-        self.nets = textbook(method.net_a), textbook(method.net_b)
+    def __init__(self, like: Tailseg) -> None:
+        self.nets = textbook(like.method.net_a), textbook(like.method.net_b)
         self.dropouts = Dropouts(*self.nets)
         parameters = [parameter for net in self.nets for parameter in net.parameters()]
         self.optimizer = torch.optim.SGD(
@@ -134,13 +137,12 @@ class Plain:
 class Authors:
     """Network, losses and ramp of train_cross_pseudo_supervision_2D.py, called in the order of its loop."""
 
-    def __init__(self, folder: Path, like: Trainee) -> None:
+    def __init__(self, folder: Path, like: Tailseg) -> None:
         code = folder / "code"
         network, losses, ramps = (load(code, name) for name in ("networks.unet", "utils.losses", "utils.ramps"))
-        method = cast(CPS, like.method)
         self.batch = contiguous(like.batch)
         self.models = [network.UNet(in_chns=1, class_num=K).to(self.batch.x_l.device) for _ in range(2)]
-        for model, ours in zip(self.models, (method.net_a, method.net_b), strict=True):
+        for model, ours in zip(self.models, (like.method.net_a, like.method.net_b), strict=True):
             assert isinstance(ours, SegNet)
             copy_weights(textbook(ours), model, self.batch.x_l)
             model.train()
@@ -181,27 +183,14 @@ class Authors:
         return {"sup": sup, "cps": self.weight * cps, **found}
 
 
-def contestants(settings: Settings) -> Sequence[Contestant]:
-    ours = trainee(settings)
-    made = [Contestant("tailseg", turns(Tailseg(ours))), Contestant("plain", turns(Plain(ours)), own_allocator=True)]
-    if folder := settings.peers.get("ssl4mis"):
-        made.append(Contestant("ssl4mis", turns(Authors(folder, ours)), own_allocator=True))
-    return made
-
-
-def facts(settings: Settings) -> dict[str, str]:
-    made = trainee(settings)
-    return step_facts(made.method, turns(made), settings.device)
-
-
 BENCHMARKS = (
     Benchmark(
         "step-cps2d",
         f"One training step of CPS: two U-Nets of width 16, {N} + {N} slices of {SIDE}^2, {K} classes, SGD, fp32.",
         ">= 4.5x ssl4mis",
-        contestants,
+        lambda settings: contestants(settings, partial(Tailseg, settings), Plain, {"ssl4mis": Authors}),
         {"plain": 1e-5, "ssl4mis": 1e-4},
-        facts,
+        lambda settings: facts(settings, partial(Tailseg, settings)),
         loose={"gradients": 5e-3},
         remark=(
             "Dropout is off in the first turn, where results are compared, as the networks draw their masks in different "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,13 +14,24 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from peers import load, on_cpu
-from shares import step_facts
 from step_uamt import blobs, sharpen
-from suite import Benchmark, Contestant, Settings
+from suite import Benchmark, Settings
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from training_step import HALF_WAY, SMALL, Trainee, as_made, contiguous, copy_weights, gradient_norm, textbook, turns
+from training_step import (
+    HALF_WAY,
+    SMALL,
+    Precision,
+    Trainee,
+    as_made,
+    contestants,
+    contiguous,
+    copy_weights,
+    facts,
+    gradient_norm,
+    textbook,
+)
 
 from tailseg.components import make_build
 from tailseg.core import Batch, SegNet, Task
@@ -124,7 +135,7 @@ def settle(net: nn.Module, x: Tensor) -> None:
 
 
 class Tailseg:
-    def __init__(self, setup: Setup, settings: Settings) -> None:
+    def __init__(self, setup: Setup, settings: Settings, precision: Precision) -> None:
         n = setup.count
         images, labels = blobs(setup.sides, 3 * n, setup.num_classes)
         voxels = tuple(labels[:n].flatten().bincount(minlength=setup.num_classes).tolist())
@@ -145,7 +156,7 @@ class Tailseg:
         )
         sharpen(self.method.net, 12)
         batch = Batch(images[:n], labels[:n], images[n:])
-        self.trainee = Trainee(self.method, batch, setup.train, settings.device, logs=("kept", "kept_mix"))
+        self.trainee = Trainee(self.method, batch, setup.train, settings, precision, logs=("kept", "kept_mix"))
         settle(self.method.net, self.trainee.batch.x_l)
         u, v = self.trainee.batch.x_u.chunk(2)
         views = strong_view(torch.cat([u, u, v, v]))
@@ -327,7 +338,7 @@ def boxed(own: tuple[Tensor, Tensor], mix: tuple[Tensor, Tensor], box: Tensor) -
     return label, confidence
 
 
-def authors(folder: Path, setup: Setup, like: Tailseg) -> Authors:
+def authors(setup: Setup, folder: Path, like: Tailseg) -> Authors:
     batch = contiguous(like.trainee.batch)
     tau = like.method.threshold(HALF_WAY)
     with on_cpu(), redirect_stdout(StringIO()):  # it tells its rates
@@ -365,34 +376,22 @@ def authors(folder: Path, setup: Setup, like: Tailseg) -> Authors:
 # --- the benchmarks
 
 
-def contestants(setup: Setup, settings: Settings) -> Sequence[Contestant]:
-    ours = Tailseg(setup, settings)
-    made = [
-        Contestant("tailseg", turns(ours)),
-        Contestant("plain", turns(Plain(setup, ours)), own_allocator=True),
-    ]
-    if folder := settings.peers.get("crossmatch"):
-        made.append(Contestant("crossmatch", turns(authors(folder, setup, ours)), own_allocator=True))
-    return made
-
-
-def facts(setup: Setup, settings: Settings) -> dict[str, str]:
-    made = Tailseg(setup, settings)
-    work = turns(made)
-    work()  # the one that is compared, not timed
-    return step_facts(made.method, work, settings.device)
-
-
 def benchmark(setup: Setup, network: str, target: str, remark: str = "") -> Benchmark:
     sides = "x".join(map(str, setup.sides))
+
+    def ours(settings: Settings) -> Callable[[Precision], Tailseg]:
+        return partial(Tailseg, setup, settings)
+
     return Benchmark(
         f"step-crossmatch-{setup.name}",
         f"One training step of CrossMatch: {network}, {setup.count} labelled and twice {setup.count} unlabelled images of "
         f"{sides}, {setup.num_classes} classes, {setup.train.optimizer}, fp32.",
         f">= {target}x crossmatch",
-        partial(contestants, setup),
+        lambda settings: contestants(
+            settings, ours(settings), partial(Plain, setup), {"crossmatch": partial(authors, setup)}
+        ),
         {"plain": 1e-5, "crossmatch": 1e-4},
-        partial(facts, setup),
+        lambda settings: facts(settings, ours(settings)),
         loose={"gradients": 5e-3},
         remark="Strong views and boxes are made before and given to all, as the authors' loader makes them; dropped channels "
         "are the same for all, from one seed. In the first turn, where results are compared, the network's own dropout is "

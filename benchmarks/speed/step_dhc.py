@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,20 +14,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peers import load, on_cpu
-from shares import step_facts
-from suite import Benchmark, Contestant, Settings
+from suite import Benchmark, Settings
 from torch import Tensor
 from training_step import (
     EPOCHS,
     HALF_WAY,
     RAMP_EPOCH,
     SMALL,
+    Precision,
     Trainee,
+    contestants,
     contiguous,
     copy_weights,
+    facts,
     gradient_norm,
     textbook,
-    turns,
 )
 
 from tailseg.components import make_build, make_method
@@ -52,12 +54,12 @@ def abdomens() -> Batch:
     return Batch(images[:2], labels[:2], images[2:])
 
 
-def trainee(settings: Settings) -> Trainee:
+def trainee(settings: Settings, precision: Precision = "fp32") -> Trainee:
     batch = abdomens()
     task = Task(CLASSES, 1, 3, (1.0, 1.0, 1.0), tuple(batch.y_l.flatten().bincount(minlength=K).tolist()))
     torch.manual_seed(0)
     method = make_method("dhc", {}, task, make_build("vnet", {"width": WIDTH}, task))
-    return Trainee(method, batch, OPTIONS, settings.device, logs=("weights_a", "weights_b"))
+    return Trainee(method, batch, OPTIONS, settings, precision, logs=("weights_a", "weights_b"))
 
 
 # --- plain
@@ -236,27 +238,14 @@ def _labelled(labels: Tensor) -> Any:
 # --- the benchmark
 
 
-def contestants(settings: Settings) -> Sequence[Contestant]:
-    ours = trainee(settings)
-    made = [Contestant("tailseg", turns(ours)), Contestant("plain", turns(Plain(ours)), own_allocator=True)]
-    if folder := settings.peers.get("dhc"):
-        made.append(Contestant("dhc", turns(Authors(folder, ours)), own_allocator=True))
-    return made
-
-
-def facts(settings: Settings) -> dict[str, str]:
-    made = trainee(settings)
-    return step_facts(made.method, turns(made), settings.device)
-
-
 BENCHMARKS = (
     Benchmark(
         "step-dhc",
         f"One training step of DHC: two V-Nets of width {WIDTH}, 2 + 2 patches of {SIDE}^3, {K} classes, SGD, fp32.",
         ">= 3x dhc",
-        contestants,
+        lambda settings: contestants(settings, partial(trainee, settings), Plain, {"dhc": Authors}),
         {"plain": 1e-5, "dhc": 1e-4},
-        facts,
+        lambda settings: facts(settings, partial(trainee, settings)),
         loose={"gradients": 5e-3, "cps": 1e-4, "weights_a": 1e-4, "weights_b": 1e-4},
     ),
 )

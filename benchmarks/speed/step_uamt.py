@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from peers import load, on_cpu
-from shares import step_facts
-from suite import Benchmark, Contestant, Settings
+from suite import Benchmark, Settings
 from torch import Tensor, nn
-from training_step import SMALL, Trainee, contiguous, copy_weights, gradient_norm, textbook, turns
+from training_step import (
+    SMALL,
+    Precision,
+    Trainee,
+    contestants,
+    contiguous,
+    copy_weights,
+    facts,
+    gradient_norm,
+    textbook,
+)
 
 from tailseg.components import make_build
 from tailseg.core import Batch, SegNet, Task
@@ -54,7 +64,7 @@ def half_ce_foreground_dice(log_probs: Tensor, target: Tensor) -> Tensor:
     return (cross_entropy(log_probs, target) + soft_dice_loss(log_probs, target, include_background=False)) / 2
 
 
-def trainee(settings: Settings) -> Trainee:
+def trainee(settings: Settings, precision: Precision) -> Trainee:
     """The method as a run has it, with what the authors' loop counts, and with their Dice of the foreground alone."""
     images, labels = blobs(SIDES, 4, 2)
     task = Task(("background", "left atrium"), 1, 3, (0.625,) * 3, tuple(labels[:2].flatten().bincount().tolist()))
@@ -71,9 +81,8 @@ def trainee(settings: Settings) -> Trainee:
     method.sup_loss = half_ce_foreground_dice
     sharpen(method.net, 4)
     method.teacher.copy_from(method.net)
-    made = Trainee(
-        method, Batch(images[:2], labels[:2], images[2:]), OPTIONS, settings.device, logs=("kept", "uncertainty")
-    )
+    batch = Batch(images[:2], labels[:2], images[2:])
+    made = Trainee(method, batch, OPTIONS, settings, precision, logs=("kept", "uncertainty"))
     for group in made.optimizer.param_groups:
         group["nesterov"] = False  # as they do
     return made
@@ -191,28 +200,15 @@ class Authors:
         return {"sup": sup.detach(), "consistency": consistency.detach(), **found}
 
 
-def contestants(settings: Settings) -> Sequence[Contestant]:
-    ours = trainee(settings)
-    made = [Contestant("tailseg", turns(ours)), Contestant("plain", turns(Plain(ours)), own_allocator=True)]
-    if folder := settings.peers.get("uamt"):
-        made.append(Contestant("uamt", turns(Authors(folder, ours)), own_allocator=True))
-    return made
-
-
-def facts(settings: Settings) -> dict[str, str]:
-    made = trainee(settings)
-    return step_facts(made.method, turns(made), settings.device)
-
-
 BENCHMARKS = (
     Benchmark(
         "step-uamt",
         f"One training step of UA-MT: a V-Net of width {WIDTH}, 2 + 2 patches of {'x'.join(map(str, SIDES))}, {PASSES} passes "
         "of the teacher, SGD, fp32.",
         ">= 5x uamt",
-        contestants,
+        lambda settings: contestants(settings, partial(trainee, settings), Plain, {"uamt": Authors}),
         {"plain": 1e-5, "uamt": 1e-4},
-        facts,
+        lambda settings: facts(settings, partial(trainee, settings)),
         loose={"gradients": 5e-3},
         remark="Dropout and noise are on, and the same for all: the student's pass is first, so that one seed gives all "
         "the same.",

@@ -47,11 +47,13 @@ class Settings:
 @dataclass(frozen=True)
 class Contestant:
     """work: one unit, whose result is compared with TailSeg's. own_allocator: keeps the C library's settings, as a user of it
-    has them; the others get tailseg.runtime.keep_freed_memory."""
+    has them; the others get tailseg.runtime.keep_freed_memory. rounding: a difference that is allowed in every part of its
+    result, of one that computes in fewer digits."""
 
     name: str
     work: Callable[[], Any]
     own_allocator: bool = False
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -137,13 +139,16 @@ def agreement(benchmark: Benchmark, contestants: Sequence[Contestant]) -> dict[s
     """Contestant -> its difference from the first; this is also everybody's turn to warm up."""
     found = {each.name: _result(each) for each in contestants}
     first = contestants[0].name
-    for part, allowed in benchmark.loose.items():
+    rounding = {each.name: each.rounding for each in contestants}
+    for part, loose in benchmark.loose.items():
         apart = {name: result.pop(part) for name, result in found.items()}
         for name, value in apart.items():
+            allowed = max(loose, rounding[name])
             _check(benchmark, f"{part} of {name}", difference(value, apart[first]), allowed, value, apart[first])
     differences = {name: difference(result, found[first]) for name, result in found.items()}
     for name, value in differences.items():
-        _check(benchmark, name, value, benchmark.tolerance.get(name, 0.0), found[name], found[first])
+        allowed = max(benchmark.tolerance.get(name, 0.0), rounding[name])
+        _check(benchmark, name, value, allowed, found[name], found[first])
     return differences
 
 
@@ -272,7 +277,9 @@ def table(record: Record) -> list[str]:
         peak_ = "" if line.peak is None else f"{line.peak / 1e6:.0f} MB"
         times = ("1", "") if line is record.lines[0] else (median, f"{low} to {high}")
         differs = "" if line is record.lines[0] else f"{line.difference:.1g}"
-        name = line.contestant if line.contestant in ("tailseg", "plain") else f"released code: {line.contestant}"
+        name = (
+            line.contestant if line.contestant.startswith(("tailseg", "plain")) else f"released code: {line.contestant}"
+        )
         cells = (name, *times, number(line.cpu_seconds), number(line.wall_seconds), differs, peak_)
         rows.append(f"| {' | '.join(cells)} |")
     return rows

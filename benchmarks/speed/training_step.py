@@ -7,14 +7,17 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
 
 import torch
+from shares import step_facts
+from suite import Contestant, Settings
 from torch import Tensor, nn
 
 from tailseg.core import Batch, Method, Progress, SegNet
 from tailseg.networks import layers
-from tailseg.runtime import Runtime, RuntimeOptions
+from tailseg.runtime import Runtime, RuntimeOptions, computes_in_bf16
 from tailseg.train.fit import TrainOptions, make_optimizer
 
 HALF_WAY = Progress(step=5000, total_steps=10_000, steps_per_epoch=50)
@@ -28,6 +31,42 @@ class Stepper(Protocol):
     def step(self, *, gradients: bool) -> Mapping[str, Tensor]:
         """One whole training step, and what it found. gradients: their norm too, which no run asks for."""
         ...
+
+
+class Ours(Stepper, Protocol):
+    method: Method
+
+
+S = TypeVar("S", bound=Ours)
+Precision = Literal["fp32", "bf16"]
+BF16_ROUNDING = 0.1
+"""By how much losses, statistics and the gradients' norm of a step in bf16 may differ from those in fp32: the former do by
+some 1e-3, but a fresh network's gradients by several percent."""
+
+
+def contestants(
+    settings: Settings,
+    ours: Callable[[Precision], S],
+    plain: Callable[[S], Stepper],
+    authors: Mapping[str, Callable[[Path, S], Stepper]],
+) -> list[Contestant]:
+    """TailSeg's step in fp32, which the others must agree with; the plain one; where the device computes in bf16, TailSeg's as
+    a run has it there; and the step of every peer whose checkout was given."""
+    first = ours("fp32")
+    made = [Contestant("tailseg", turns(first)), Contestant("plain", turns(plain(first)), own_allocator=True)]
+    if computes_in_bf16(torch.device(settings.device)):
+        made.append(Contestant("tailseg in bf16", turns(ours("bf16")), rounding=BF16_ROUNDING))
+    for name, step in authors.items():
+        if folder := settings.peers.get(name):
+            made.append(Contestant(name, turns(step(folder, first)), own_allocator=True))
+    return made
+
+
+def facts(settings: Settings, ours: Callable[[Precision], Ours]) -> dict[str, str]:
+    made = ours("fp32")
+    work = turns(made)
+    work()  # the one that is compared, which no run makes
+    return step_facts(made.method, work, settings.device)
 
 
 def turns(stepper: Stepper) -> Callable[[], Mapping[str, Tensor]]:
@@ -46,10 +85,16 @@ class Trainee:
     """A method, placed and trained as train.fit does it, on one batch over and over. logs: of its output, which are told."""
 
     def __init__(
-        self, method: Method, batch: Batch, options: TrainOptions, device: str, logs: Sequence[str] = ()
+        self,
+        method: Method,
+        batch: Batch,
+        options: TrainOptions,
+        settings: Settings,
+        precision: Precision,
+        logs: Sequence[str] = (),
     ) -> None:
-        self.logs = logs
-        self.runtime = Runtime(torch.device(device), RuntimeOptions(device=device, precision="fp32"))
+        self.logs, device = logs, settings.device
+        self.runtime = Runtime(torch.device(device), RuntimeOptions(device=device, precision=precision))
         self.runtime.place(method)
         self.method = method.train()
         self.optimizer = make_optimizer(method, options)
