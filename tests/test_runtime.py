@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -132,3 +135,25 @@ def test_a_batch_for_the_gpu_arrives_whole_beside_other_work():
     assert there.x_l.is_contiguous(memory_format=torch.channels_last_3d)
     for mine, its in ((batch.x_l, there.x_l), (batch.y_l, there.y_l), (batch.x_u, there.x_u)):
         assert its.device == device and torch.equal(mine, its.cpu())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_memory_that_the_loaders_threads_took_is_kept():
+    """In a process of its own, which has no memory yet. Cut by a thread, freed by another, as batches are."""
+    script = """
+import resource
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from tailseg.runtime import keep_freed_memory
+
+keep_freed_memory()
+faults = []
+with ThreadPoolExecutor(1) as pool:
+    for _ in range(12):
+        batch = pool.submit(lambda: [torch.zeros(4 * 2**20), torch.zeros(2 * 2**20)]).result()
+        del batch
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[7])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2000, "a batch of 24 MB has 6144 pages"

@@ -201,9 +201,10 @@ def _allocator(contestant: Contestant) -> Iterator[None]:
         keep_freed_memory()
     elif platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 65536)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: what glibc begins with
+        libc.mallopt(-4, 65536)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX: what glibc begins with
         libc.mallopt(-1, 128 * 1024)
         libc.mallopt(-3, 128 * 1024)
+        libc.mallopt(-8, 0)
         libc.malloc_trim(0)
     yield
 
