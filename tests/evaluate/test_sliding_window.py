@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tailseg.evaluate.sliding_window import batch_for, sliding_window
@@ -274,3 +275,19 @@ def test_what_cannot_be_predicted_is_refused_at_once(options, message):
 def test_a_prediction_of_the_wrong_size_is_refused():
     with pytest.raises(ValueError, match=r"must make \(B, K, \*patch\)"):
         list(sliding_window(lambda x: x[..., :4], random_image(8, 8, 8), (8, 8, 8), device="cpu"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_probabilities_are_gone_before_the_next_windows_are_predicted(batch_size: int):
+    made: list[StorageWeakRef] = []
+
+    def predict(x: torch.Tensor) -> torch.Tensor:
+        assert all(earlier.expired() for earlier in made)
+        probs = torch.cat([x, 1 - x], 1)
+        made.append(StorageWeakRef(probs.untyped_storage()))
+        return probs
+
+    image = torch.rand(1, 12, 8, 8)
+    slabs = list(sliding_window(predict, image, (4, 8, 8), batch_size=batch_size, device="cpu"))
+    assert len(made) == 5 // batch_size + 5 % batch_size
+    torch.testing.assert_close(torch.cat([slab for _, slab in slabs], 1)[:1], image)

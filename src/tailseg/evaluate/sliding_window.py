@@ -115,6 +115,7 @@ def _predicted_windows(
         if probs.ndim != 5 or (len(probs), *probs.shape[2:]) != (len(x), *x.shape[2:]):
             raise ValueError(f"predict made {tuple(probs.shape)} of {tuple(x.shape)}; it must make (B, K, *patch).")
         yield from zip(batch, probs, strict=True)
+        del probs  # not beside those of the next batch
 
 
 def _batch_sizes(windows: int, most: int) -> list[int]:
@@ -132,6 +133,7 @@ def _stitched_slabs(windows: Iterator[Window], axes: list[_Axis], device: torch.
         if z > sums.top:
             yield from sums.finish(z)
         sums.add(y, x, probs)
+        del probs
     assert sums is not None  # every axis has a window
     yield from sums.finish(len(depth.total))
 
