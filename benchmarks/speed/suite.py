@@ -114,6 +114,22 @@ def measure(benchmark: Benchmark, settings: Settings) -> tuple[Line, ...]:
     if not contestants:
         return ()
     differences = agreement(benchmark, contestants)
+    turns = _take_turns(contestants, settings)
+    mine = turns[contestants[0].name]
+    del contestants
+    _give_back()  # to those who are looked at in processes of their own
+    clock = 1 if settings.device.startswith("cuda") else 0  # while a GPU works, the processor's time is that of waiting
+    lines = []
+    for name, taken in turns.items():
+        ratios = [other[clock] / own[clock] for other, own in zip(taken, mine, strict=True)]
+        cpu, wall = (statistics.median(column) for column in zip(*taken, strict=True))
+        spread = (statistics.median(ratios), min(ratios), max(ratios))
+        lines.append(Line(name, cpu, wall, spread, differences[name], _peak_elsewhere(benchmark, name, settings)))
+    return tuple(lines)
+
+
+def _take_turns(contestants: Sequence[Contestant], settings: Settings) -> dict[str, list[tuple[float, float]]]:
+    """Contestant -> seconds of the processor and by the clock, round by round."""
     turns: dict[str, list[tuple[float, float]]] = {each.name: [] for each in contestants}
     for turn in range(settings.rounds):
         for each in contestants if turn % 2 == 0 else reversed(contestants):
@@ -122,17 +138,7 @@ def measure(benchmark: Benchmark, settings: Settings) -> tuple[Line, ...]:
             f"  round {turn + 1}: {', '.join(f'{name} {found[-1][0]:.3g} s' for name, found in turns.items())}",
             flush=True,
         )
-    mine = turns[contestants[0].name]
-    clock = 1 if settings.device.startswith("cuda") else 0  # while a GPU works, the processor's time is that of waiting
-    lines = []
-    for each in contestants:
-        ratios = [other[clock] / own[clock] for other, own in zip(turns[each.name], mine, strict=True)]
-        cpu, wall = (statistics.median(column) for column in zip(*turns[each.name], strict=True))
-        spread = (statistics.median(ratios), min(ratios), max(ratios))
-        lines.append(
-            Line(each.name, cpu, wall, spread, differences[each.name], _peak_elsewhere(benchmark, each, settings))
-        )
-    return tuple(lines)
+    return turns
 
 
 def agreement(benchmark: Benchmark, contestants: Sequence[Contestant]) -> dict[str, float]:
@@ -212,10 +218,17 @@ def _allocator(contestant: Contestant) -> Iterator[None]:
 # --- memory, in a process of its own
 
 
-def _peak_elsewhere(benchmark: Benchmark, contestant: Contestant, settings: Settings) -> int | None:
+def _give_back() -> None:
+    """All memory that nobody holds, to the system."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _peak_elsewhere(benchmark: Benchmark, contestant: str, settings: Settings) -> int | None:
     if not settings.memory or not Path("/proc/self/clear_refs").exists():
         return None
-    command = [sys.executable, str(Path(__file__).parent), benchmark.name, "--peak-of", contestant.name]
+    command = [sys.executable, str(Path(__file__).parent), benchmark.name, "--peak-of", contestant]
     command += [part for name, path in settings.peers.items() for part in ("--peer", f"{name}={path}")]
     command += ["--data", str(settings.data)] if settings.data else []
     command += ["--threads", str(settings.threads), "--device", settings.device]
