@@ -104,10 +104,12 @@ def run(entry: Entry, folder: Path, checkpoints: Sequence[str] = tuple(CHECKPOIN
 
 
 def commit() -> str:
+    """Of the code. Results that were just written change no code."""
+
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results")
     return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
 
 
