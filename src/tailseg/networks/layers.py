@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailseg.core import Init
@@ -78,8 +77,9 @@ class Conv3d(nn.Conv3d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.kernel_size[0] == 1 and _on_one_thread_in_float32(input):
-            return F.linear(input.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+        if self.kernel_size[0] == 1 and self.bias is not None and _on_one_thread_in_float32(input):
+            weight = self.weight.flatten(1).expand(len(input), -1, -1)  # image by image, whatever else is in the batch
+            return torch.baddbmm(self.bias[:, None], weight, input.flatten(2)).unflatten(2, input.shape[2:])
         if input.device.type != "cpu" or input.shape[2] != 2 or self.kernel_size[0] != 3:
             return super().forward(input)
         with torch.autocast("cpu", enabled=False):
