@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from tailseg.core import Method
 
 KINDS: Mapping[str, tuple[str, ...]] = {
-    "convolution": ("conv", "linear", "addmm", "aten::mm"),
+    "convolution": ("conv", "bmm"),
     "normalisation": ("batch_norm", "normalise"),
     "activation": ("relu", "threshold"),
     "random draws": ("bernoulli", "random_", "normal_", "uniform_"),

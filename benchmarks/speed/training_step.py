@@ -40,8 +40,8 @@ class Ours(Stepper, Protocol):
 S = TypeVar("S", bound=Ours)
 Precision = Literal["fp32", "bf16"]
 BF16_ROUNDING = 0.1
-"""By how much losses, statistics and the gradients' norm of a step in bf16 may differ from those in fp32: the former do by
-some 1e-3, but a fresh network's gradients by several percent."""
+"""By how much losses, statistics and the gradients' norm of a step in bf16 may differ from those in fp32: a fresh network's
+gradients differ far more than its losses."""
 
 
 def contestants(

@@ -209,8 +209,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed tensors instead of giving them back and faulting every page in again.
 
     On two kinds of processor a step took 1.1 and 1.2 to 1.5 times as long without; the peak of memory was a tenth lower. One
-    arena serves all threads: those of a thread of its own give memory back whatever they are told, so that cutting a batch,
-    which threads do, took 2.6 times as long.
+    arena serves all threads: those of a thread of its own give memory back whatever they are told, and threads cut
+    the batches.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return

@@ -132,7 +132,7 @@ def test_channels_last_stays_channels_last_and_changes_no_result(network, spatia
     if network is URPCUNet:
         return  # torch's instance normalisation answers in the plain layout
     net.train()
-    # not the logits: on one thread torch takes 1x1 convolutions in 2D to a kernel that knows no channels_last
+    # not the logits: on one thread torch takes 1x1 convolutions to a kernel that knows no channels_last
     assert all(t.is_contiguous(memory_format=memory_format) for t in (net(x).embedding, *net.encoder(x)))
 
 

@@ -72,8 +72,8 @@ class Conv3d(nn.Conv3d):
     (seen with torch 2.13.0 on an AVX-512 BF16 processor), so that a run turns NaN or, worse, silently wrong. The deepest
     stage of a 32 voxel deep patch is such an input; it is cheap, so it runs in float32.
 
-    On one thread torch leaves oneDNN for a 1x1x1 kernel in float32 and takes five to seven times as long as the matrix
-    product that it is: 5 % of a step with 14 classes.
+    On one thread torch leaves oneDNN for a 1x1x1 kernel in float32 and takes several times as long as the matrix
+    product that it is.
     """
 
     def forward(self, input: Tensor) -> Tensor:
