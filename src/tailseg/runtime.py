@@ -217,7 +217,7 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL("libc.so.6")
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX of malloc.h
     libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, 2**31 - 1)
+    libc.mallopt(trim_threshold, -1)  # never; the largest int is 2 GB, which a step frees at once
     libc.mallopt(arena_max, 1)
 
 
