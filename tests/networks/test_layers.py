@@ -268,11 +268,36 @@ def test_on_one_thread_a_1x1x1_convolution_is_a_product_of_the_same_values():
     inputs = (x, conv.weight, conv.bias)
     expected = nn.functional.conv3d(*inputs)
     found = conv(x)
-    assert found.is_contiguous() and expected.is_contiguous(), (
-        "torch takes oneDNN, which answers in channels_last: drop ours"
-    )
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    assert expected.is_contiguous(), "torch takes oneDNN, which answers in channels_last: drop ours"
     torch.testing.assert_close(found, expected)
     assert torch.equal(conv(x[:1]), found[:1])
     upstream = torch.randn(found.shape)
     torch.testing.assert_close(*(torch.autograd.grad(out, inputs, upstream) for out in (found, expected)))
     assert "conv3d" in str(torch.export.export(conv, (x.detach(),)).graph)
+
+
+@dims
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_learning_transposed_convolution_is_torchs_in_another_order(spatial_dims, dtype):
+    torch.manual_seed(0)
+    made = Layers(spatial_dims, "batch").up_conv(6, 4)
+    make = nn.ConvTranspose3d if spatial_dims == 3 else nn.ConvTranspose2d
+    plain = make(6, 4, 2, stride=2)
+    plain.load_state_dict(made.state_dict())
+    layout = torch.channels_last_3d if spatial_dims == 3 else torch.channels_last
+    x = torch.randn(3, 6, *(5, 3, 4)[:spatial_dims]).to(dtype).to(memory_format=layout)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    with torch.autocast("cpu", enabled=dtype == torch.bfloat16):
+        outputs = [layer(each) for layer, each in zip((made, plain), inputs, strict=True)]
+    gradient = torch.randn(outputs[1].shape).to(dtype)
+    for output in outputs:
+        output.backward(gradient)
+    assert outputs[0].dtype == dtype and outputs[0].is_contiguous(memory_format=layout)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(*outputs, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=tolerance, atol=tolerance)
+    for ours, theirs in zip(made.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=10 * tolerance)
+    with torch.no_grad():
+        assert torch.equal(made(x.float()), plain(x.float()))
