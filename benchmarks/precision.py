@@ -1,6 +1,6 @@
 """Does training in bfloat16 cost accuracy? The same recipe, several seeds, once in fp32 and once in bf16: one page.
 
-    python benchmarks/precision.py                      three seeds of DHC on synapse_mini, a small network and 240 steps
+    python benchmarks/precision.py                      three seeds of DHC on synapse_mini, a small network and 480 steps
 
 Where the device computes in bf16, training does. A processor that would only emulate it, a hundred times slower, takes every
 convolution in fp32 over operands that were rounded to bf16, and rounds the result and all gradients to bf16: what the hardware
@@ -30,7 +30,7 @@ from tailseg.runtime import choose_device, computes_in_bf16
 PRECISIONS = ("fp32", "bf16")
 RECIPE = "recipes/synapse_mini/dhc_20p.yaml"
 OVERRIDES = (
-    "network.width=8", "train.epochs=30", "train.steps_per_epoch=8", "train.validate_every=10", "train.checkpoint_every=5",
+    "network.width=8", "train.epochs=60", "train.steps_per_epoch=8", "train.validate_every=20", "train.checkpoint_every=10",
     "train.threads=1", "evaluate.protocols=[native]", "evaluate.overlap=0.5",
 )  # fmt: skip
 CHECKPOINT = "last"  # at which all runs are equally long

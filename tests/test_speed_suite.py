@@ -73,6 +73,19 @@ def test_a_peer_without_a_tolerance_must_be_equal(suite: ModuleType):
         suite.measure(benchmark(suite, lambda: 1.0, lambda: 1.0, lambda: 1.0 + 1e-9), suite.Settings())
 
 
+def test_all_agree_with_full_precision_and_what_voxels_decide_is_left_out(suite: ModuleType):
+    coarse = suite.Contestant("tailseg, bf16", lambda: {"loss": 1.05, "weights": 9.0}, rounding=0.1)
+    exact = suite.Contestant("tailseg, fp32", lambda: {"loss": 1.0, "weights": 1.0})
+    plain = suite.Contestant("plain", lambda: {"loss": 1.0 + 1e-6, "weights": 1.0})
+    found = suite.Benchmark(
+        "small", "", "", loose={"weights": 1e-4}, voxels_decide=frozenset({"weights"}), contestants=lambda settings: ()
+    )
+    differences = suite.agreement(found, [coarse, exact, plain])
+    assert differences == {"tailseg, bf16": pytest.approx(0.05), "tailseg, fp32": 0.0, "plain": pytest.approx(1e-6)}
+    with pytest.raises(suite.Disagreement, match="weights of tailseg, bf16"):
+        suite.agreement(replace(found, voxels_decide=frozenset()), [coarse, exact, plain])
+
+
 def test_turns_alternate_and_ratios_are_within_a_round(suite: ModuleType, monkeypatch: pytest.MonkeyPatch):
     order: list[str] = []
     costs = {"tailseg": [1.0, 2.0, 4.0], "plain": [2.0, 4.0, 12.0]}
@@ -166,9 +179,9 @@ def test_a_fast_step_agrees_with_its_plain_one(module: str, suite: ModuleType, m
         with monkeypatch.context() as patched:
             patched.setattr(importlib.import_module("training_step"), "computes_in_bf16", lambda device: True)
             contestants = benchmark.contestants(suite.Settings())
-        *contestants, in_bf16 = contestants  # which most processors emulate, a hundred times slower
-        assert [each.name for each in contestants] == ["tailseg", "plain"]
-        assert in_bf16.name == "tailseg in bf16" and 0 < in_bf16.rounding < 1
+        in_bf16, *contestants = contestants  # which most processors emulate, a hundred times slower
+        assert [each.name for each in contestants] == ["tailseg, fp32", "plain"]
+        assert in_bf16.name == "tailseg, bf16" and 0 < in_bf16.rounding < 1
         # another processor rounds otherwise, and of so few voxels one that changes its class is felt
         lenient = replace(benchmark, tolerance={"plain": 1e-3}, loose=dict.fromkeys(benchmark.loose, 3e-2))
         suite.agreement(lenient, contestants)

@@ -186,7 +186,7 @@ class Authors:
 BENCHMARKS = (
     Benchmark(
         "step-cps2d",
-        f"One training step of CPS: two U-Nets of width 16, {N} + {N} slices of {SIDE}^2, {K} classes, SGD, fp32.",
+        f"One training step of CPS: two U-Nets of width 16, {N} + {N} slices of {SIDE}^2, {K} classes, SGD.",
         ">= 4.5x ssl4mis",
         lambda settings: contestants(settings, partial(Tailseg, settings), Plain, {"ssl4mis": Authors}),
         {"plain": 1e-5, "ssl4mis": 1e-4},

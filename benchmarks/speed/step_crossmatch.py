@@ -385,7 +385,7 @@ def benchmark(setup: Setup, network: str, target: str, remark: str = "") -> Benc
     return Benchmark(
         f"step-crossmatch-{setup.name}",
         f"One training step of CrossMatch: {network}, {setup.count} labelled and twice {setup.count} unlabelled images of "
-        f"{sides}, {setup.num_classes} classes, {setup.train.optimizer}, fp32.",
+        f"{sides}, {setup.num_classes} classes, {setup.train.optimizer}.",
         f">= {target}x crossmatch",
         lambda settings: contestants(
             settings, ours(settings), partial(Plain, setup), {"crossmatch": partial(authors, setup)}

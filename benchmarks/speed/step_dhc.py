@@ -241,11 +241,12 @@ def _labelled(labels: Tensor) -> Any:
 BENCHMARKS = (
     Benchmark(
         "step-dhc",
-        f"One training step of DHC: two V-Nets of width {WIDTH}, 2 + 2 patches of {SIDE}^3, {K} classes, SGD, fp32.",
+        f"One training step of DHC: two V-Nets of width {WIDTH}, 2 + 2 patches of {SIDE}^3, {K} classes, SGD.",
         ">= 3x dhc",
         lambda settings: contestants(settings, partial(trainee, settings), Plain, {"dhc": Authors}),
         {"plain": 1e-5, "dhc": 1e-4},
         lambda settings: facts(settings, partial(trainee, settings)),
         loose={"gradients": 5e-3, "cps": 1e-4, "weights_a": 1e-4, "weights_b": 1e-4},
+        voxels_decide=frozenset({"weights_a"}),  # of a fresh network, which hits some classes in a voxel or none
     ),
 )

@@ -204,7 +204,7 @@ BENCHMARKS = (
     Benchmark(
         "step-uamt",
         f"One training step of UA-MT: a V-Net of width {WIDTH}, 2 + 2 patches of {'x'.join(map(str, SIDES))}, {PASSES} passes "
-        "of the teacher, SGD, fp32.",
+        "of the teacher, SGD.",
         ">= 5x uamt",
         lambda settings: contestants(settings, partial(trainee, settings), Plain, {"uamt": Authors}),
         {"plain": 1e-5, "uamt": 1e-4},

@@ -1,8 +1,9 @@
 """What a benchmark of the suite is, how contestants take turns, and the page of what was found.
 
 A contestant does one unit of the same work, from the same inputs, weights and seeds, as often as it is asked. The first one is
-TailSeg's fast path, the second its plain path, others are peers. They agree before anybody is timed. Then all take one turn a
-round, in an order that reverses every round; what is reported are ratios within a round, and how far they spread.
+what a user of TailSeg runs on this machine; then come its plain path and peers. They agree in full precision before anybody is
+timed. Then all take one turn a round, in an order that reverses every round; what is reported are ratios within a round, and
+how far they spread.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Settings:
 @dataclass(frozen=True)
 class Contestant:
     """work: one unit, whose result is compared with TailSeg's. own_allocator: keeps the C library's settings, as a user of it
-    has them; the others get tailseg.runtime.keep_freed_memory. rounding: a difference that is allowed in every part of its
-    result, of one that computes in fewer digits."""
+    has them; the others get tailseg.runtime.keep_freed_memory. rounding: of one that computes in fewer digits, a difference
+    that is allowed in every part of its result, but for those that a voxel decides."""
 
     name: str
     work: Callable[[], Any]
@@ -61,7 +62,8 @@ class Benchmark:
     """what: the work, in a sentence. contestants: makes them, TailSeg's fast path first. tolerance: largest
     difference from TailSeg, relative to the largest number of each part of a result; by contestant. loose: the same
     of the parts that have a tolerance of their own, whoever differs: gradients and what follows from pseudo-labels,
-    where rounding may move a voxel over the edge of a ReLU. facts: numbers of another kind, made after the turns.
+    where rounding may move a voxel over the edge of a ReLU. voxels_decide: the parts that a few voxels decide, by which
+    nobody is compared who computes in fewer digits. facts: numbers of another kind, made after the turns.
     remark: what a reader must know of this machine, or of how the work differs from what a user does. skip: why it is
     left out with these settings, empty where it is not."""
 
@@ -74,12 +76,14 @@ class Benchmark:
     remark: str = ""
     skip: Callable[[Settings], str] = lambda settings: ""
     loose: Mapping[str, float] = field(default_factory=dict)
+    voxels_decide: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Line:
     """Of one contestant. seconds: median of a turn, of the processor and by the clock. times: what the others take, in units
-    of TailSeg's turn in the same round: median, lowest, highest. peak: bytes above what the process held before."""
+    of the first one's turn in the same round: median, lowest, highest. difference: from TailSeg in full precision. peak:
+    bytes above what the process held before."""
 
     contestant: str
     cpu_seconds: float
@@ -142,19 +146,24 @@ def _take_turns(contestants: Sequence[Contestant], settings: Settings) -> dict[s
 
 
 def agreement(benchmark: Benchmark, contestants: Sequence[Contestant]) -> dict[str, float]:
-    """Contestant -> its difference from the first; this is also everybody's turn to warm up."""
+    """Contestant -> its difference from the first that computes in full precision, which is TailSeg's; this is also
+    everybody's turn to warm up."""
     found = {each.name: _result(each) for each in contestants}
-    first = contestants[0].name
     rounding = {each.name: each.rounding for each in contestants}
+    reference = next(name for name, allowed in rounding.items() if not allowed)
     for part, loose in benchmark.loose.items():
         apart = {name: result.pop(part) for name, result in found.items()}
         for name, value in apart.items():
+            if rounding[name] and part in benchmark.voxels_decide:
+                continue
             allowed = max(loose, rounding[name])
-            _check(benchmark, f"{part} of {name}", difference(value, apart[first]), allowed, value, apart[first])
-    differences = {name: difference(result, found[first]) for name, result in found.items()}
+            _check(
+                benchmark, f"{part} of {name}", difference(value, apart[reference]), allowed, value, apart[reference]
+            )
+    differences = {name: difference(result, found[reference]) for name, result in found.items()}
     for name, value in differences.items():
         allowed = max(benchmark.tolerance.get(name, 0.0), rounding[name])
-        _check(benchmark, name, value, allowed, found[name], found[first])
+        _check(benchmark, name, value, allowed, found[name], found[reference])
     return differences
 
 
@@ -290,7 +299,9 @@ def table(record: Record) -> list[str]:
         median, low, high = map(number, line.times)
         peak_ = "" if line.peak is None else f"{line.peak / 1e6:.0f} MB"
         times = ("1", "") if line is record.lines[0] else (median, f"{low} to {high}")
-        differs = "" if line is record.lines[0] else f"{line.difference:.1g}"
+        differs = (
+            f"{line.difference:.1g}" if line.difference or line.contestant not in ("tailseg", "tailseg, fp32") else ""
+        )
         name = (
             line.contestant if line.contestant.startswith(("tailseg", "plain")) else f"released code: {line.contestant}"
         )
@@ -321,10 +332,11 @@ def page(records: Sequence[Record]) -> str:
 HEAD = """\
 # How fast TailSeg is
 
-Made by `python benchmarks/speed` (`make speed`), one benchmark at a time; every section names its machine and commit. `tailseg`
-is what a user runs, `plain` the same arithmetic written as a textbook has it, and the others are the released code of a
-paper, run on CPU tensors from a checkout of its own (`--peer`). All of one section got the same data, weights and seeds, and
-their results agreed, as the column says, before anybody was timed. "times TailSeg": processor time of a turn by TailSeg's in
-the same round, the median and the spread of the rounds. Peak memory: what a turn takes above what was held before, each in a
-fresh process.
+Made by `python benchmarks/speed` (`make speed`), one benchmark at a time; every section names its machine and commit. The first
+line is what a user of TailSeg runs on that machine (in bf16 where it computes in bf16; then TailSeg in fp32 has a line of its
+own), `plain` the same arithmetic written as a textbook has it, in fp32, and the others are the released code of a paper, run
+on CPU tensors from a checkout of its own (`--peer`). All of one section got the same data, weights and seeds, and their results
+agreed with TailSeg's in fp32, as the column says, before anybody was timed. "times TailSeg": processor time of a turn by that
+of the first line in the same round, the median and the spread of the rounds. Peak memory: what a turn takes above what was
+held before, each in a fresh process.
 """

@@ -50,23 +50,29 @@ def contestants(
     plain: Callable[[S], Stepper],
     authors: Mapping[str, Callable[[Path, S], Stepper]],
 ) -> list[Contestant]:
-    """TailSeg's step in fp32, which the others must agree with; the plain one; where the device computes in bf16, TailSeg's as
-    a run has it there; and the step of every peer whose checkout was given."""
-    first = ours("fp32")
-    made = [Contestant("tailseg", turns(first)), Contestant("plain", turns(plain(first)), own_allocator=True)]
-    if computes_in_bf16(torch.device(settings.device)):
-        made.append(Contestant("tailseg in bf16", turns(ours("bf16")), rounding=BF16_ROUNDING))
+    """TailSeg's step as a run has it here; where that is in bf16, the one in fp32 too, with which all must agree; the plain
+    one; and the step of every peer whose checkout was given."""
+    exact = ours("fp32")
+    made = [Contestant("tailseg, fp32", turns(exact)), Contestant("plain", turns(plain(exact)), own_allocator=True)]
+    if default_precision(settings) == "bf16":
+        made.insert(0, Contestant("tailseg, bf16", turns(ours("bf16")), rounding=BF16_ROUNDING))
     for name, step in authors.items():
         if folder := settings.peers.get(name):
-            made.append(Contestant(name, turns(step(folder, first)), own_allocator=True))
+            made.append(Contestant(name, turns(step(folder, exact)), own_allocator=True))
     return made
 
 
+def default_precision(settings: Settings) -> Precision:
+    """What `train.precision: auto` takes where the benchmarks run."""
+    return "bf16" if computes_in_bf16(torch.device(settings.device)) else "fp32"
+
+
 def facts(settings: Settings, ours: Callable[[Precision], Ours]) -> dict[str, str]:
-    made = ours("fp32")
+    precision = default_precision(settings)
+    made = ours(precision)
     work = turns(made)
     work()  # the one that is compared, which no run makes
-    return step_facts(made.method, work, settings.device)
+    return step_facts(made.method, work, settings.device, precision)
 
 
 def turns(stepper: Stepper) -> Callable[[], Mapping[str, Tensor]]:
