@@ -13,7 +13,7 @@ from torch import Tensor
 
 FIELD_TERMS = 4
 """Powers of a position in a bias field, 0 to 3: a cubic polynomial."""
-_BLOCK = 32  # voxels blurred by one matrix; shorter ones are launched too often, longer ones are mostly zeros
+_BLOCK = 16  # voxels blurred by one matrix; shorter ones are launched too often, longer ones are mostly zeros
 _REACH = 5.0  # deviations; what a Gaussian weighs beyond is below 1e-6
 _LEAST = 0.05  # sigma in voxels whose neighbours weigh 0 in float32, and which can still be divided by
 _ODD = 0x45D9F3B  # T. Mueller's integer hash: of 27 bits, so that its product with 32 bits never overflows
