@@ -17,7 +17,7 @@ import yaml
 from peers import load, on_cpu
 from suite import ROOT, Benchmark, Contestant, Settings
 from torch import Tensor, nn
-from training_step import copy_weights
+from training_step import BF16_ROUNDING, copy_weights, default_precision
 
 from tailseg.checks import example_batch, example_task
 from tailseg.components import make_build, make_method
@@ -181,9 +181,13 @@ def with_networks(settings: Settings) -> Sequence[Contestant]:
     nets = [getattr(slow, name) for name in ("net_a", "net_b")]
     logits_a, logits_b = (lambda x, net=net: net(x).logits for net in nets)
     made = [
-        Contestant("tailseg", tailseg(fast, ours, image, OVERLAP)),
+        Contestant("tailseg, fp32", tailseg(fast, ours, image, OVERLAP)),
         Contestant("plain", plain(logits_a, logits_b, image, OVERLAP), own_allocator=True),
     ]
+    if default_precision(settings) == "bf16":
+        rounded = Runtime(ours.device, RuntimeOptions(precision="bf16"))
+        work = tailseg(two_networks(WIDTH, rounded), rounded, image, OVERLAP)
+        made.insert(0, Contestant("tailseg, bf16", work, rounding=BF16_ROUNDING))
     if folder := settings.peers.get("dhc"):
         peer_a, peer_b = (peer_network(folder, net, WIDTH) for net in nets)
         made.append(Contestant("dhc", dhc(folder, peer_a, peer_b, image, OVERLAP), own_allocator=True))
