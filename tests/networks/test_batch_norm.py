@@ -72,6 +72,14 @@ def test_bfloat16_is_normalised_with_statistics_of_float32(dims: int):
     torch.testing.assert_close(found["y"], expected["y"], rtol=1e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dims", LAYERS, ids=IDS)
+def test_float64_keeps_its_digits(dims: int):
+    _, x = example(dims)
+    mean, variance = batch_statistics(x.double())
+    voxels = x.movedim(1, -1).flatten(0, -2).double()
+    torch.testing.assert_close((mean, variance), (voxels.mean(0), voxels.var(0, correction=0)), rtol=1e-12, atol=0)
+
+
 def test_evaluation_and_contiguous_memory_are_left_to_torch():
     norm, x = example(5)
     plain = nn.BatchNorm3d(4)

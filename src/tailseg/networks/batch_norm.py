@@ -59,7 +59,10 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """(C,) mean and (C,) biased variance of x (B, C, *S) over B and *S, float64. x: in channels_last memory."""
     voxels = x.movedim(1, -1).flatten(0, -2)  # (B * S0 * ..., C), a view
     pieces = voxels.split(max(min(_VOXELS, _ELEMENTS // x.shape[1]), 1))
-    found = [torch.batch_norm_update_stats(piece.float(), None, None, 0.0) for piece in pieces]
+    # beside running statistics in float32 torch adds up in float32 whatever it is given; with momentum 0 they stay
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    unused = torch.zeros(x.shape[1], dtype=dtype), torch.zeros(x.shape[1], dtype=dtype)
+    found = [torch.batch_norm_update_stats(piece, *unused, 0.0) for piece in pieces]
     means, variances = (torch.stack(each).double() for each in zip(*found, strict=True))  # (pieces, C)
     share = torch.tensor([len(piece) for piece in pieces], dtype=torch.float64).unsqueeze(1) / len(voxels)
     mean = (share * means).sum(0)
