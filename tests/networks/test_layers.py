@@ -301,3 +301,5 @@ def test_a_learning_transposed_convolution_is_torchs_in_another_order(spatial_di
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=10 * tolerance)
     with torch.no_grad():
         assert torch.equal(made(x.float()), plain(x.float()))
+    contiguous = x.float().contiguous()
+    assert torch.equal(made(contiguous), plain(contiguous))

@@ -100,8 +100,8 @@ class ConvTranspose3d(nn.ConvTranspose3d):
 
 
 def _learns_on_a_cpu(x: Tensor) -> bool:
-    """Whether gradients will be asked for, and nobody traces the network."""
-    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether gradients will be asked for, x lies in channels_last memory, and nobody traces the network."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and x.stride(1) == 1 and not torch.compiler.is_compiling()
 
 
 def _doubled(layer: nn.ConvTranspose2d | nn.ConvTranspose3d, x: Tensor) -> Tensor:
