@@ -20,10 +20,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from tailseg import app
 from tailseg.evaluate.scores import read_scores
 from tailseg.evaluate.summary import Summary, summarise
 from tailseg.recipe import load_recipe
+from tailseg.runtime import computes_in_bf16
 from tailseg.train.checkpoint import load_checkpoint
 from tailseg.train.metrics_log import read_metrics
 
@@ -114,11 +117,15 @@ def commit() -> str:
 
 
 def machine() -> str:
+    """Cores, processor, what its arithmetic can (a hypervisor's name may hide the model), and versions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     versions = app.versions()
-    return f"{os.cpu_count()} cores of {cpu}, torch {versions['torch']}, Python {versions['python']}"
+    arithmetic = torch.backends.cpu.get_cpu_capability() + (
+        " and bf16" if computes_in_bf16(torch.device("cpu")) else ""
+    )
+    return f"{os.cpu_count()} cores of {cpu} with {arithmetic}, torch {versions['torch']}, Python {versions['python']}"
 
 
 def table(results: Sequence[Result], checkpoint: str, protocol: str) -> str:
