@@ -268,8 +268,9 @@ def test_on_one_thread_a_1x1x1_convolution_is_a_product_of_the_same_values():
     inputs = (x, conv.weight, conv.bias)
     expected = nn.functional.conv3d(*inputs)
     found = conv(x)
-    assert found.is_contiguous(memory_format=torch.channels_last_3d)
-    assert expected.is_contiguous(), "torch takes oneDNN, which answers in channels_last: drop ours"
+    assert found.is_contiguous() and expected.is_contiguous(), (
+        "torch takes oneDNN, which answers in channels_last: drop ours"
+    )
     torch.testing.assert_close(found, expected)
     assert torch.equal(conv(x[:1]), found[:1])
     upstream = torch.randn(found.shape)

@@ -78,7 +78,8 @@ class Conv3d(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.kernel_size[0] == 1 and self.bias is not None and _on_one_thread_in_float32(input):
-            return _product(input, self.weight.flatten(1).T, self.bias).movedim(-1, 1)
+            weight = self.weight.flatten(1).expand(len(input), -1, -1)  # image by image, whatever else is in the batch
+            return torch.baddbmm(self.bias[:, None], weight, input.flatten(2)).unflatten(2, input.shape[2:])
         if input.device.type != "cpu" or input.shape[2] != 2 or self.kernel_size[0] != 3:
             return super().forward(input)
         with torch.autocast("cpu", enabled=False):
@@ -108,17 +109,13 @@ def _doubled(layer: nn.ConvTranspose2d | nn.ConvTranspose3d, x: Tensor) -> Tenso
     """The transposed convolution as a product: every voxel of x (B, C, *S) makes a block of 2^dims voxels of its own."""
     assert layer.bias is not None
     channels, *kernel = layer.weight.shape[1:]
-    made = _product(x, layer.weight.movedim(1, -1).flatten(1), layer.bias.repeat(2 ** len(kernel)))
-    blocks = made.unflatten(-1, (*kernel, channels))  # (B, *S, *kernel, channels)
+    weight, bias = layer.weight.movedim(1, -1).flatten(1), layer.bias.repeat(2 ** len(kernel))
+    voxels = x.movedim(1, -1).flatten(1, -2)  # a view
+    made = torch.baddbmm(bias, voxels, weight.expand(len(x), -1, -1))  # image by image, as in Conv3d
+    blocks = made.unflatten(1, x.shape[2:]).unflatten(-1, (*kernel, channels))  # (B, *S, *kernel, channels)
     dims = len(kernel)
     beside = [axis for s in range(dims) for axis in (1 + s, 1 + dims + s)]  # each axis of S and that of its block
     return blocks.permute(0, *beside, -1).reshape(len(x), *(2 * side for side in x.shape[2:]), channels).movedim(-1, 1)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(B, *S, N) of x (B, C, *S), weight (C, N) and bias (N,): image by image, so that the batch's size changes no rounding."""
-    voxels = x.movedim(1, -1).flatten(1, -2)  # a view of channels_last memory
-    return torch.baddbmm(bias, voxels, weight.expand(len(x), -1, -1)).unflatten(1, x.shape[2:])
 
 
 def _on_one_thread_in_float32(x: Tensor) -> bool:
